@@ -1,0 +1,90 @@
+"""The seam between the public interface and what computes: what every engine's parts must offer.
+
+A `LanguageModelRunner` turns token ids into hidden states and logits with a key-value cache; a
+`DecoderRunner` turns hidden states into samples. `Qwen3` and `VocosDecoder` check their arguments, own the
+sampling loop and call one of these; they never look inside.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+
+from .config import DecoderConfig, ModelConfig
+
+Array = Any  # np.ndarray on the CPU, cupy.ndarray on a GPU
+
+
+class KVCache(ABC):
+    """Keys and values of up to `slots` sequences of up to `capacity` tokens, allocated once.
+
+    Sequences that still run occupy slots 0..n-1; when one ends, `move` brings the last into its place.
+    """
+
+    slots: int
+    capacity: int
+    lengths: np.ndarray  # (slots,) int32, on the host: tokens held by each slot
+
+    @abstractmethod
+    def move(self, source: int, target: int) -> None:
+        """Copy slot `source` over slot `target`, length included."""
+
+
+class LanguageModelRunner(ABC):
+    """The Qwen3 forward pass over ragged batches."""
+
+    config: ModelConfig
+    device: str  # "cpu" or "cuda:0"
+    dtype: str  # what the weights are kept in: float64, float32, bfloat16, float16 or int8
+    attention: str  # "standard" or "flash"
+    reason: str  # why this runner and this attention: one line for -v and doctor
+
+    @abstractmethod
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        """An empty cache for `slots` sequences of up to `capacity` tokens."""
+
+    @abstractmethod
+    def extend(self, cache: KVCache, ids: np.ndarray, cu_seqlens: np.ndarray, *, last_only: bool = False) -> Array:
+        """Append tokens to the sequences in slots 0..n-1 and return their final hidden states.
+
+        ids: (N,) int32, the new tokens of all sequences, one sequence after the other.
+        cu_seqlens: (n + 1,) int32, sequence i owns ids[cu_seqlens[i]:cu_seqlens[i + 1]], at least one.
+        Returns (N, hidden_size), or (n, hidden_size) with `last_only`: the state of each last token; after
+        the final norm; float64 for a float64 model, else float32. There is no padding, so nothing can
+        depend on it.
+        """
+
+    @abstractmethod
+    def logits(self, states: Array) -> Array:
+        """(M, hidden_size) -> (M, vocab_size), of the states' dtype."""
+
+
+class DecoderStream(ABC):
+    """One voice being decoded piece by piece; the pieces, joined, are the whole's samples."""
+
+    @abstractmethod
+    def push(self, states: Array) -> np.ndarray:
+        """Take (n, input_size) further states; return the float32 samples that are final now, maybe none."""
+
+    @abstractmethod
+    def finish(self) -> np.ndarray:
+        """The remaining samples; nothing may be pushed afterwards."""
+
+
+class DecoderRunner(ABC):
+    """The Vocos decoder."""
+
+    config: DecoderConfig
+    device: str
+    dtype: str
+    reason: str
+
+    @abstractmethod
+    def decode(self, states: Array) -> Array:
+        """(B, T, input_size) -> (B, (T - 1) * token_samples) samples, T >= 2."""
+
+    @abstractmethod
+    def stream(self) -> DecoderStream:
+        """A fresh streaming state for one voice."""
