@@ -1,0 +1,159 @@
+"""Matmul-softmax attention in array code: the portable path on NumPy and CuPy, and the oracle of the tests.
+
+    S = scale * Q K^T;   P = exp(S - max S);   O = P V / sum P
+
+The query heads of a group are rows of one matrix, so K and V are never repeated. Queries are taken in chunks
+that bound the score matrix; a causal chunk stops at the last key that its last query sees.
+Scores, softmax and sums are float32 (float64 for float64 inputs). 16-bit products are accumulated in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .problem import Array, Problem, check
+
+CHUNK_SCORES_CPU = 1 << 18  # float32 scores that stay in a core's L2 cache: 1 MB
+CHUNK_SCORES_GPU = 1 << 28  # 1 GB: one chunk up to 8,192 tokens of 4 heads
+
+
+def standard_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    kv_lengths: Array | None = None,
+    cu_seqlens: Array | None = None,
+) -> Array:
+    """Attention by matrix products and a softmax; arguments and result as for `attention`.
+
+    Works for float16, bfloat16, float32 and float64, any head_dim, on NumPy and CuPy arrays. On NumPy a
+    sequence's result does not depend on its neighbours in the batch.
+    """
+    problem = check(q, k, v, causal=causal, scale=scale, kv_lengths=kv_lengths, cu_seqlens=cu_seqlens)
+    if problem.device == "cpu":
+        return _each_sequence(problem, np)
+    import cupy
+
+    with cupy.cuda.Device(q.device.id):
+        if problem.form != "packed" and problem.total_q == problem.batch * problem.seqlen_q:
+            return _whole_batch(problem, cupy)
+        return _each_sequence(problem, cupy)
+
+
+def _each_sequence(problem: Problem, xp: Any) -> Array:
+    """One sequence after the other, reading only the keys in use."""
+    q, k, v = problem.q, problem.k, problem.v
+    out = xp.empty(q.shape, q.dtype)
+    starts = _starts(problem)
+    for i in range(problem.batch):
+        if problem.form == "dense":
+            rows: Any = i
+        else:
+            rows = slice(int(starts[i]), int(starts[i + 1]))
+        if problem.form == "packed":
+            keys: Any = rows
+        else:
+            length = problem.seqlen_k if problem.key_lengths is None else int(problem.key_lengths[i])
+            keys = (i, slice(0, length))
+        _one_sequence(q[rows], k[keys], v[keys], out[rows], problem, xp)
+    return out
+
+
+def _starts(problem: Problem) -> np.ndarray:
+    if problem.query_starts is None:
+        return np.arange(problem.batch + 1) * problem.seqlen_q
+    return problem.query_starts
+
+
+def _one_sequence(q: Array, k: Array, v: Array, out: Array, problem: Problem, xp: Any) -> None:
+    """q and out (S, Hq, D), k and v (L, Hkv, D): fill `out`."""
+    queries, keys = q.shape[0], k.shape[0]
+    group = problem.group
+    k_t = _operand(k, xp).transpose(1, 2, 0)  # (Hkv, D, L)
+    v_t = _operand(v, xp).transpose(1, 0, 2)  # (Hkv, L, D)
+    budget = CHUNK_SCORES_CPU if xp is np else CHUNK_SCORES_GPU
+    step = max(1, budget // (keys * problem.num_heads))
+    for first in range(0, queries, step):
+        last = min(first + step, queries)
+        seen = max(keys - queries + last, 0) if problem.causal else keys  # keys that the last query sees
+        if seen == 0:
+            out[first:last] = 0
+            continue
+        rows = _operand(q[first:last], xp).reshape(last - first, -1, group, q.shape[-1]).transpose(1, 0, 2, 3)
+        rows = rows.reshape(rows.shape[0], -1, q.shape[-1])  # (Hkv, S * G, D), row r is of query r // G
+        scores = _scores(rows, k_t[:, :, :seen], problem, xp)
+        if problem.causal and last - first > 1:
+            _mask_future(scores, first, keys - queries, group, xp)
+        mixed = _mix(scores, v_t[:, :seen], q.dtype, xp)
+        mixed = mixed.reshape(-1, last - first, group, q.shape[-1]).transpose(1, 0, 2, 3)
+        out[first:last] = mixed.reshape(last - first, -1, q.shape[-1])
+
+
+def _whole_batch(problem: Problem, xp: Any) -> Array:
+    """All sequences at once, every one of S queries; keys beyond a sequence's length are masked out."""
+    batch, queries, keys = problem.batch, problem.seqlen_q, problem.seqlen_k
+    heads, kv_heads, group, dim = problem.num_heads, problem.num_kv_heads, problem.group, problem.head_dim
+    q = problem.q.reshape(batch, queries, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
+    v = problem.v
+    lengths = xp.full(batch, keys) if problem.kv_lengths is None else xp.asarray(problem.kv_lengths).astype(np.int64)
+    position = xp.arange(keys)
+    if problem.kv_lengths is not None:  # weights of 0 do not silence NaN or infinity in unused rows
+        v = xp.where((position < lengths[:, None])[:, :, None, None], v, v.dtype.type(0))
+    k_t, v_t = problem.k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    out = xp.empty((batch, queries, heads, dim), problem.q.dtype)
+    step = max(1, CHUNK_SCORES_GPU // (batch * heads * keys))
+    for first in range(0, queries, step):
+        last = min(first + step, queries)
+        seen = lengths[:, None]  # keys that each query sees
+        if problem.causal:
+            seen = seen - (queries - 1 - xp.arange(first, last))
+        hidden = position >= seen[:, :, None]  # (B, S or 1, L)
+        scores = _scores(q[:, :, first:last].reshape(batch, kv_heads, -1, dim), k_t, problem, xp)
+        scores = scores.reshape(batch, kv_heads, last - first, group, keys)
+        scores = xp.where(hidden[:, None, :, None, :], scores.dtype.type(-np.inf), scores)
+        mixed = _mix(scores.reshape(batch, kv_heads, -1, keys), v_t, problem.q.dtype, xp)
+        mixed = mixed.reshape(batch, kv_heads, last - first, group, dim).transpose(0, 2, 1, 3, 4)
+        out[:, first:last] = mixed.reshape(batch, last - first, heads, dim)
+    return out.reshape(problem.q.shape)
+
+
+def _operand(array: Array, xp: Any) -> Array:
+    """NumPy has no 16-bit matrix product, so 16-bit arrays are widened; nothing else is copied."""
+    return array.astype(np.float32) if xp is np and array.dtype.itemsize == 2 else array
+
+
+def _scores(rows: Array, k_t: Array, problem: Problem, xp: Any) -> Array:
+    """scale * Q K^T, float32 or wider."""
+    scores = xp.matmul(rows, k_t)
+    if scores.dtype.itemsize == 2:
+        scores = scores.astype(np.float32)
+    scores *= scores.dtype.type(problem.scale)
+    return scores
+
+
+def _mask_future(scores: Array, first: int, offset: int, group: int, xp: Any) -> None:
+    """Query `first + r // group` sees the keys up to itself plus `offset`; only the last columns need a look."""
+    rows, seen = scores.shape[-2:]
+    queries = rows // group
+    visible = xp.arange(first, first + queries) + (offset + 1)  # keys that each query sees
+    start = max(first + offset + 1, 0)  # every query of the chunk sees the keys before this one
+    hidden = xp.arange(start, seen) >= visible[:, None]
+    block = scores.reshape(-1, queries, group, seen)[..., start:]
+    block[...] = xp.where(hidden[:, None, :], scores.dtype.type(-np.inf), block)
+
+
+def _mix(scores: Array, v: Array, dtype: Any, xp: Any) -> Array:
+    """softmax(S) V in place of S; rows that see nothing give 0."""
+    top = scores.max(axis=-1, keepdims=True)
+    top = xp.where(top == -np.inf, top.dtype.type(0), top)
+    scores -= top
+    weights = xp.exp(scores, out=scores)
+    total = weights.sum(axis=-1, keepdims=True)
+    total = xp.where(total == 0, total.dtype.type(1), total)
+    mixed = xp.matmul(weights if v.dtype.itemsize > 2 else weights.astype(v.dtype), v)
+    return (mixed / total).astype(dtype, copy=False)
