@@ -8,11 +8,13 @@ sampling loop and call one of these; they never look inside.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .config import DecoderConfig, ModelConfig
+from .device import to_host
 
 Array = Any  # np.ndarray on the CPU, cupy.ndarray on a GPU
 
@@ -40,6 +42,7 @@ class LanguageModelRunner(ABC):
     dtype: str  # what the weights are kept in: float64, float32, bfloat16, float16 or int8
     attention: str  # "standard" or "flash"
     reason: str  # why this runner and this attention: one line for -v and doctor
+    batch: int = 8  # how many sequences it is best given together
 
     @abstractmethod
     def new_cache(self, slots: int, capacity: int) -> KVCache:
@@ -84,6 +87,10 @@ class DecoderRunner(ABC):
     @abstractmethod
     def decode(self, states: Array) -> Array:
         """(B, T, input_size) -> (B, (T - 1) * token_samples) samples, T >= 2."""
+
+    def decode_many(self, utterances: Sequence[Array]) -> list[np.ndarray]:
+        """Utterances of any lengths, (T, input_size) each with T >= 2, to float32 samples on the host."""
+        return [to_host(self.decode(states[None])[0]).astype(np.float32, copy=False) for states in utterances]
 
     @abstractmethod
     def stream(self) -> DecoderStream:

@@ -1,0 +1,114 @@
+"""From requests to samples: the language model and the decoder working together.
+
+This is the seam that an engine which keeps everything on one device replaces whole; the pipeline knows
+nothing beyond `speak` and `stream`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .config import SAMPLE_RATE_HZ
+from .generation import Generation, Loop, Request, generate
+from .runner import DecoderRunner, LanguageModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Timings:
+    """Where the time of one call went, in seconds, and what it made."""
+
+    text_s: float = 0.0
+    language_model_s: float = 0.0
+    decoder_s: float = 0.0
+    first_audio_s: float | None = None  # streams only: from the call to its first samples
+    tokens: int = 0
+    samples: int = 0
+
+    @property
+    def total_s(self) -> float:
+        return self.text_s + self.language_model_s + self.decoder_s
+
+    @property
+    def audio_s(self) -> float:
+        return self.samples / SAMPLE_RATE_HZ
+
+    @property
+    def real_time_factor(self) -> float:
+        """Seconds of sound for each second of work: above 1 is faster than it plays."""
+        return self.audio_s / self.total_s if self.total_s > 0 else 0.0
+
+
+class Engine:
+    """Runs a `LanguageModelRunner` and a `DecoderRunner`, one after the other."""
+
+    def __init__(self, language_model: LanguageModelRunner, decoder: DecoderRunner) -> None:
+        self.language_model = language_model
+        self.decoder = decoder
+
+    def speak(self, requests: Sequence[Request], retries: int, timings: Timings) -> list[np.ndarray]:
+        """Each request's whole audio: float32 (samples,), in the requests' order."""
+        audio: list[np.ndarray] = []
+        size = self.language_model.batch
+        for start in range(0, len(requests), size):
+            begin = time.perf_counter()
+            results = generate(self.language_model, requests[start : start + size], retries=retries)
+            timings.language_model_s += time.perf_counter() - begin
+            timings.tokens += sum(len(r.tokens) for r in results)
+            audio.extend(self._decode(results, timings))
+        return audio
+
+    def stream(self, request: Request, retries: int, timings: Timings) -> Iterator[np.ndarray]:
+        """The request's audio in pieces of any size, as soon as they are final.
+
+        With `retries`, nothing is heard before the whole sentence has passed the loop check: what has been
+        played cannot be taken back.
+        """
+        if retries:
+            yield from self.speak([request], retries, timings)
+            return
+        voice = self.decoder.stream()
+        begin = time.perf_counter()
+        for steps in Loop(self.language_model, [request]):
+            timings.tokens += 1
+            timings.language_model_s += time.perf_counter() - begin
+            begin = time.perf_counter()
+            state = steps[0].state
+            piece = voice.push(state[None]) if state is not None else np.empty(0, np.float32)
+            timings.decoder_s += time.perf_counter() - begin
+            if len(piece):
+                timings.samples += len(piece)
+                yield piece
+            begin = time.perf_counter()
+            if steps[0].finish_reason:
+                _warn(steps[0].finish_reason, steps[0].stuck)
+        piece = voice.finish()
+        timings.decoder_s += time.perf_counter() - begin
+        timings.samples += len(piece)
+        if len(piece):
+            yield piece
+
+    def _decode(self, results: Sequence[Generation], timings: Timings) -> list[np.ndarray]:
+        begin = time.perf_counter()
+        for result in results:
+            _warn(result.finish_reason, result.stuck)
+        audible = [i for i, result in enumerate(results) if len(result.states) >= 2]
+        audio = [np.empty(0, np.float32) for _ in results]
+        for i, samples in zip(audible, self.decoder.decode_many([results[i].states for i in audible]), strict=True):
+            audio[i] = samples
+        timings.decoder_s += time.perf_counter() - begin
+        timings.samples += sum(map(len, audio))
+        return audio
+
+
+def _warn(finish_reason: str, stuck: bool) -> None:
+    if stuck:
+        logger.warning("a sentence got stuck repeating itself; retries=2 makes it again with another seed")
+    elif finish_reason == "length":
+        logger.warning("a sentence reached the token limit before its end; it may be cut off or hallucinated")

@@ -1,0 +1,202 @@
+"""`SopranoTTS`: text in, samples out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import settings
+from .audio import check_writable, make_folder, write_wav
+from .checkpoint import resolve_model
+from .config import TOKEN_SAMPLES
+from .device import resolve_device
+from .engine import Engine, Timings
+from .errors import CheckpointError, ParameterError, TextError
+from .generation import Request
+from .qwen3 import Qwen3
+from .sampling import SamplingParams
+from .text import build_prompts
+from .tokenizer import Tokenizer
+from .vocos import VocosDecoder
+
+logger = logging.getLogger(__name__)
+
+MAX_RETRIES = 100
+
+
+class SopranoTTS:
+    """Speaks text with a Soprano checkpoint.
+
+    model: a checkpoint folder, a hub id such as "ekwek/Soprano-1.1-80M", "mini" for the bundled voice, or None for
+    the best one present. device: auto, cpu, cuda or cuda:N. attention: auto, flash or standard. dtype: auto,
+    float32, bfloat16, float16, int8 or float64. Where an argument is left at auto (or None), the environment's
+    SOPRANO_MODEL, SOPRANO_DEVICE, SOPRANO_ATTENTION and SOPRANO_DTYPE decide.
+
+    `backend`, `cache_size_mb`, `decoder_batch_size` and `model_path` are accepted for programs written for the
+    PyTorch package; only `model_path` has an effect: it is `model` by another name.
+
+    Attributes: `model` (name, folder, reason), `device`, `engine`, and `timings` of the last finished call.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | None = None,
+        device: str = "auto",
+        attention: str = "auto",
+        dtype: str = "auto",
+        *,
+        backend: str | None = None,
+        cache_size_mb: int | None = None,
+        decoder_batch_size: int | None = None,
+        model_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if model is not None and model_path is not None:
+            raise ParameterError("model and model_path name the same thing; give only one of them")
+        for name, value in (
+            ("backend", backend),
+            ("cache_size_mb", cache_size_mb),
+            ("decoder_batch_size", decoder_batch_size),
+        ):
+            if value is not None:
+                logger.info("%s=%r has no effect here: soprano_cupy plans this itself", name, value)
+        self.device, self.device_reason = resolve_device(settings.device(device))
+        self.model = resolve_model(model if model is not None else model_path)
+        logger.info("model %s: %s", self.model.name, self.model.reason)
+        folder = self.model.folder
+        self._tokenizer = Tokenizer.load(folder)
+        language_model = Qwen3.load(folder, self.device, settings.dtype(dtype), settings.attention(attention))
+        self._tokenizer.check(language_model.config.vocab_size)
+        decoder = VocosDecoder.load(folder, self.device)
+        if decoder.config.input_size != language_model.config.hidden_size:
+            raise CheckpointError(
+                f"{folder}: the decoder reads states of {decoder.config.input_size} values and the language model "
+                f"makes {language_model.config.hidden_size}; the two files belong to different checkpoints"
+            )
+        self.engine = Engine(language_model.runner, decoder.runner)
+        self.timings = Timings()
+
+    def infer(
+        self,
+        text: str,
+        out_path: str | os.PathLike[str] | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        repetition_penalty: float = 1.2,
+        retries: int = 0,
+        seed: int | None = None,
+    ) -> np.ndarray:
+        """Speak a text of any length; float32 samples (n,) at 32 kHz, written to `out_path` as 16-bit WAV if given.
+
+        The sampling parameters are those of `SamplingParams`. retries: a sentence in which the voice gets stuck is
+        made again up to so many times. Raises `TextError` for text with nothing to speak, `ParameterError` and
+        `OutputError`; a file is written whole or not at all.
+        """
+        if out_path is not None:
+            check_writable(out_path)
+        params = SamplingParams(temperature, top_p, repetition_penalty, seed=seed)
+        audio = self._speak([text], params, retries)[0]
+        if out_path is not None:
+            write_wav(out_path, audio)
+        return audio
+
+    def infer_batch(
+        self,
+        texts: Sequence[str],
+        out_dir: str | os.PathLike[str] | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        repetition_penalty: float = 1.2,
+        retries: int = 0,
+        seed: int | None = None,
+    ) -> list[np.ndarray]:
+        """Speak several texts together; their samples in order, each as `infer` gives them.
+
+        With `out_dir`, which is created if its parent exists, text i is written to `out_dir/i.wav`.
+        """
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise ParameterError(f"texts = {texts!r:.60} must be a list of strings; use infer for one text")
+        folder = make_folder(out_dir) if out_dir is not None else None
+        params = SamplingParams(temperature, top_p, repetition_penalty, seed=seed)
+        audio = self._speak(texts, params, retries)
+        if folder is not None:
+            for index, samples in enumerate(audio):
+                write_wav(folder / f"{index}.wav", samples)
+        return audio
+
+    def infer_stream(
+        self,
+        text: str,
+        chunk_size: int = 1,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        repetition_penalty: float = 1.2,
+        retries: int = 0,
+        seed: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Speak a text as it is made: chunks of `chunk_size` tokens (64 ms each), the last of a sentence shorter.
+
+        The chunks, joined, are what `infer` returns. Arguments are checked at the call, before the first chunk.
+        With `retries`, a sentence is heard only once it is known not to be stuck.
+        """
+        if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:
+            raise ParameterError(f"chunk_size = {chunk_size!r} must be a whole number of tokens, 1 or more")
+        begin = time.perf_counter()
+        params = SamplingParams(temperature, top_p, repetition_penalty, seed=seed).seeded()
+        requests = self._requests(text, params)
+        timings = Timings(text_s=time.perf_counter() - begin)
+        return self._stream(requests, int(chunk_size) * TOKEN_SAMPLES, _check_retries(retries), timings, begin)
+
+    def _stream(
+        self, requests: list[Request], chunk_samples: int, retries: int, timings: Timings, begin: float
+    ) -> Iterator[np.ndarray]:
+        for request in requests:
+            held = np.empty(0, np.float32)
+            for piece in self.engine.stream(request, retries, timings):
+                held = np.concatenate((held, piece))
+                while len(held) >= chunk_samples:
+                    timings.first_audio_s = timings.first_audio_s or time.perf_counter() - begin
+                    yield held[:chunk_samples]
+                    held = held[chunk_samples:]
+            if len(held):
+                timings.first_audio_s = timings.first_audio_s or time.perf_counter() - begin
+                yield held
+        self.timings = timings
+
+    def _speak(self, texts: Sequence[str], params: SamplingParams, retries: int) -> list[np.ndarray]:
+        retries = _check_retries(retries)
+        begin = time.perf_counter()
+        params = params.seeded()
+        per_text = []
+        for index, text in enumerate(texts):
+            try:
+                per_text.append(self._requests(text, params))
+            except TextError as error:
+                raise TextError(f"texts[{index}]: {error}" if len(texts) > 1 else str(error)) from None
+        timings = Timings(text_s=time.perf_counter() - begin)
+        audio = iter(self.engine.speak([r for requests in per_text for r in requests], retries, timings))
+        joined = [np.concatenate([next(audio) for _ in requests]) for requests in per_text]
+        self.timings = timings
+        return joined
+
+    def _requests(self, text: Any, params: SamplingParams) -> list[Request]:
+        """One request for each sentence; sentence i draws from random stream i."""
+        if not isinstance(text, str):
+            raise ParameterError(f"text must be a string, not {type(text).__name__}")
+        prompts = build_prompts(text)
+        if not prompts:
+            raise TextError(f"nothing to speak in {text!r:.60}; give at least one word or number")
+        return [Request(self._tokenizer.encode(prompt), params, index) for index, prompt in enumerate(prompts)]
+
+
+def _check_retries(retries: Any) -> int:
+    if isinstance(retries, bool) or not isinstance(retries, (int, np.integer)) or not 0 <= retries <= MAX_RETRIES:
+        raise ParameterError(f"retries = {retries!r} must be a whole number from 0 to {MAX_RETRIES}")
+    return int(retries)
