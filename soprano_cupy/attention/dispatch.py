@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import AttentionUnavailable, ParameterError
-from .problem import DTYPES, Array, check, device_of
+from .arguments import check, device_of
+from .problem import DTYPES, Array
 from .standard import standard_attention
 
 MODES = ("auto", "flash", "standard")

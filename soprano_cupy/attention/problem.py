@@ -1,4 +1,4 @@
-"""One attention call, checked: what the arguments are, before anything is computed or launched.
+"""One attention call: the `Problem` that its arguments amount to, and the record that the kernels take.
 
 Three forms share one contract. Shapes, with B or n sequences, S queries, L keys, D = head_dim:
 
@@ -10,19 +10,19 @@ Three forms share one contract. Shapes, with B or n sequences, S queries, L keys
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import ParameterError
+from ..device import array_module
 
 Array = Any  # np.ndarray or cupy.ndarray
 Form = Literal["dense", "packed", "cache"]
 
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 LOG2_E = math.log2(math.e)
-INT_MAX = 2**31 - 1  # the kernels count tokens and heads in 32-bit integers
+VECTOR_BYTES = 16  # the kernels' widest load
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,208 +60,87 @@ class Problem:
         return self.scale * LOG2_E
 
 
-def check(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    causal: bool = True,
-    scale: float | None = None,
-    kv_lengths: Array | None = None,
-    cu_seqlens: Array | None = None,
-) -> Problem:
-    """Check the arguments of `attention` and return the `Problem`.
+# struct AttentionParams of kernels/attention_params.cuh: the same fields in the same order and places.
+PARAMS_DTYPE = np.dtype(
+    [(name, np.uint64) for name in ("q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "kv_lengths")]
+    + [(f"{name}_{axis}_stride", np.int64) for name in ("q", "k", "v", "out") for axis in ("batch", "token", "head")]
+    + [("workspace", np.uint64)]
+    + [(name, np.int32) for name in ("batch", "total_q", "seqlen_q", "seqlen_k", "num_heads", "num_kv_heads", "splits")]
+    + [("scale_log2", np.float32)],
+    align=True,
+)
 
-    Lengths on a GPU are copied to the host to be checked, which waits for the work before them; pass NumPy
-    arrays to avoid that. While a CUDA graph is being captured nothing can be read back: device lengths are
-    then trusted, and host lengths refused.
-    Raises `ParameterError`, a ValueError, that names the argument and its value.
+
+def kernel_ready(problem: Problem) -> Problem:
+    """The problem as the kernels read it: arrays they can address, lengths as int32 on their device.
+
+    The kernels read rows of head_dim in 16-byte pieces. An array whose last axis is not contiguous, or whose
+    address or strides are not positive multiples of 16 bytes, is copied first; a slice of a cache along
+    sequences, tokens or heads is not. A NumPy problem stays on the host, for kernels built as host code.
     """
-    form, device, dtype = _arrays(q, k, v)
-    heads, head_dim = int(q.shape[-2]), int(q.shape[-1])
-    kv_heads = int(k.shape[-2])
-    _shapes(form, q, k, v)
-    if form == "dense":
-        if cu_seqlens is not None:
-            raise ParameterError(
-                f"cu_seqlens is for packed queries (N, heads, head_dim), and q has shape {q.shape}: leave it out"
-            )
-        starts, batch, total_q, seqlen_q = None, int(q.shape[0]), int(q.shape[0] * q.shape[1]), int(q.shape[1])
-    else:
-        if cu_seqlens is None:
-            raise ParameterError(f"cu_seqlens is missing: q of shape {q.shape} is packed and needs it")
-        total_q = int(q.shape[0])
-        count = None if form == "packed" else int(k.shape[0])
-        batch, starts = _query_starts(cu_seqlens, total_q, count, device)
-        seqlen_q = total_q if starts is None else int(np.diff(starts).max())
-    if form == "packed":
-        if kv_lengths is not None:
-            raise ParameterError("kv_lengths is for keys with a batch axis; packed keys end where cu_seqlens says")
-        seqlen_k, lengths = seqlen_q, None
-    else:
-        seqlen_k = int(k.shape[1])
-        lengths = None if kv_lengths is None else _key_lengths(kv_lengths, batch, seqlen_k, device)
-    return Problem(
-        form=form,
-        q=q,
-        k=k,
-        v=v,
-        cu_seqlens=cu_seqlens,
-        kv_lengths=kv_lengths,
-        query_starts=starts,
-        key_lengths=lengths,
-        device=device,
-        dtype=dtype,
-        causal=_flag("causal", causal),
-        scale=_scale(scale, head_dim),
-        batch=batch,
-        total_q=total_q,
-        seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
+    xp: Any = array_module(problem.device)
+
+    def index(values: Array | None) -> Array | None:
+        return None if values is None else xp.ascontiguousarray(xp.asarray(values), dtype=np.int32)
+
+    def rows(array: Array) -> Array:
+        return array if _in_vectors(array) else xp.ascontiguousarray(array)
+
+    return replace(
+        problem,
+        q=rows(problem.q),
+        k=rows(problem.k),
+        v=rows(problem.v),
+        cu_seqlens=index(problem.cu_seqlens),
+        kv_lengths=index(problem.kv_lengths),
     )
 
 
-def device_of(array: Array) -> str | None:
-    """ "cpu" for a NumPy array, "cuda:n" for a CuPy array, None for anything else."""
-    if isinstance(array, np.ndarray):
-        return "cpu"
-    if type(array).__module__.split(".")[0] == "cupy" and hasattr(array, "data"):
-        return f"cuda:{array.device.id}"
-    return None
+def pack_params(
+    problem: Problem, out: Array, *, lse: Array | None = None, workspace: Array | None = None, splits: int = 1
+) -> np.ndarray:
+    """AttentionParams of a `kernel_ready` problem as one record of `PARAMS_DTYPE`, passed to a kernel by value.
 
-
-def _arrays(q: Array, k: Array, v: Array) -> tuple[Form, str, str]:
-    """Kinds, devices, dtypes and ranks of the three arrays."""
-    device = dtype = ""
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        place = device_of(array)
-        if place is None:
-            raise ParameterError(f"{name} must be a NumPy or CuPy array, not {type(array).__name__}")
-        if array.dtype.name not in DTYPES:
-            raise ParameterError(f"{name} has dtype {array.dtype.name}; attention takes {', '.join(DTYPES)}")
-        if name == "q":
-            device, dtype = place, array.dtype.name
-        elif place != device:
-            raise ParameterError(f"{name} is on {place} and q on {device}; move them to one device")
-        elif array.dtype.name != dtype:
-            raise ParameterError(f"{name} has dtype {array.dtype.name} and q {dtype}; cast them to one")
-    ranks = (q.ndim, k.ndim, v.ndim)
-    forms: dict[tuple[int, int, int], Form] = {(4, 4, 4): "dense", (3, 3, 3): "packed", (3, 4, 4): "cache"}
-    if ranks not in forms:
-        raise ParameterError(
-            f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}; expected (B, S, heads, D) with (B, L, heads, D), "
-            "or packed queries (N, heads, D) with (N, heads, D) or (n, L, heads, D)"
+    out: like q, rows contiguous. lse: (num_heads, total_q) float32. The caller keeps all arrays alive.
+    """
+    params = np.zeros(1, PARAMS_DTYPE)
+    record = params[0]
+    for name, array in (("q", problem.q), ("k", problem.k), ("v", problem.v), ("out", out)):
+        batch, token, head = _strides(array)
+        record[name] = _address(array)
+        record[f"{name}_batch_stride"], record[f"{name}_token_stride"], record[f"{name}_head_stride"] = (
+            batch,
+            token,
+            head,
         )
-    return forms[ranks], device, dtype
+    record["lse"] = _address(lse)
+    record["cu_seqlens_q"] = _address(problem.cu_seqlens)
+    record["cu_seqlens_k"] = _address(problem.cu_seqlens) if problem.form == "packed" else 0
+    record["kv_lengths"] = _address(problem.kv_lengths)
+    record["workspace"] = _address(workspace)
+    for name in ("batch", "total_q", "seqlen_q", "seqlen_k", "num_heads", "num_kv_heads", "scale_log2"):
+        record[name] = getattr(problem, name)
+    record["splits"] = splits
+    return params
 
 
-def _shapes(form: Form, q: Array, k: Array, v: Array) -> None:
-    """Bind the axes of the three arrays to one another."""
-    for name, array in (("q", q), ("k", k), ("v", v)):
-        if 0 in array.shape:
-            raise ParameterError(f"{name} has shape {array.shape}: no axis may have length 0")
-        if max(array.shape) > INT_MAX or math.prod(array.shape[:-2]) > INT_MAX:
-            raise ParameterError(f"{name} has shape {array.shape}: at most 2**31 - 1 tokens are supported")
-    if k.shape != v.shape:
-        raise ParameterError(f"v has shape {v.shape} and k {k.shape}; they must be equal")
-    if k.shape[-1] != q.shape[-1]:
-        raise ParameterError(f"k has head_dim {k.shape[-1]} and q {q.shape[-1]}; they must be equal")
-    if q.shape[-2] % k.shape[-2]:
-        raise ParameterError(f"k has {k.shape[-2]} heads, which do not divide q's {q.shape[-2]}")
-    if form == "dense" and q.shape[0] != k.shape[0]:
-        raise ParameterError(f"k has batch size {k.shape[0]} and q {q.shape[0]}; they must be equal")
-    if form == "packed" and q.shape[0] != k.shape[0]:
-        raise ParameterError(f"k has {k.shape[0]} packed tokens and q {q.shape[0]}; they must be equal")
+def _address(array: Array | None) -> int:
+    if array is None:
+        return 0
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
 
 
-def _query_starts(cu_seqlens: Array, total: int, count: int | None, device: str) -> tuple[int, np.ndarray | None]:
-    """The number of sequences and, unless it cannot be read now, where each begins."""
-    array = _integers("cu_seqlens", cu_seqlens, device)
-    if array.shape[0] < 2:
-        raise ParameterError(f"cu_seqlens has {array.shape[0]} entries; n sequences need n + 1")
-    batch = int(array.shape[0]) - 1
-    if count is not None and batch != count:
-        raise ParameterError(f"cu_seqlens has {batch + 1} entries; the {count} sequences of k need {count + 1}")
-    values = _host(array)
-    if values is None:
-        return batch, None
-    if values[0] != 0:
-        raise ParameterError(f"cu_seqlens[0] = {values[0]} must be 0")
-    if values[-1] != total:
-        raise ParameterError(f"cu_seqlens[{batch}] = {values[-1]} must be the number of rows of q, {total}")
-    wrong = np.flatnonzero(values[1:] <= values[:-1])
-    if wrong.size:
-        at = int(wrong[0]) + 1
-        raise ParameterError(
-            f"cu_seqlens[{at}] = {values[at]} must be above cu_seqlens[{at - 1}] = {values[at - 1]}: "
-            "every sequence has at least one query"
-        )
-    return batch, values
+def _strides(array: Array) -> tuple[int, int, int]:
+    """Batch, token and head strides in elements. An axis of length 1 is never stepped along: any number does."""
+    batch, token, head = (0, *array.strides)[-4:-1] if array.ndim == 3 else array.strides[:3]
+    return batch // array.itemsize, token // array.itemsize, head // array.itemsize
 
 
-def _key_lengths(kv_lengths: Array, batch: int, capacity: int, device: str) -> np.ndarray | None:
-    """The keys in use of each sequence, unless they cannot be read now."""
-    array = _integers("kv_lengths", kv_lengths, device)
-    if array.shape[0] != batch:
-        raise ParameterError(f"kv_lengths has {array.shape[0]} entries for {batch} sequences")
-    values = _host(array)
-    if values is not None:
-        wrong = np.flatnonzero((values < 1) | (values > capacity))
-        if wrong.size:
-            at = int(wrong[0])
-            raise ParameterError(f"kv_lengths[{at}] = {values[at]} must be from 1 to {capacity}, the length of k")
-    return values
-
-
-def _integers(name: str, values: Array, device: str) -> Array:
-    """A one-dimensional integer array on the host or on the queries' device."""
-    if isinstance(values, (list, tuple)):
-        try:
-            values = np.asarray(values)
-        except ValueError as error:
-            raise ParameterError(f"{name} = {values!r} must be a flat list of integers") from error
-    place = device_of(values)
-    if place is None:
-        raise ParameterError(f"{name} must be a list, a NumPy or a CuPy array, not {type(values).__name__}")
-    if place not in ("cpu", device):
-        raise ParameterError(f"{name} is on {place} and q on {device}; move it there, or pass a NumPy array")
-    if values.dtype.kind not in "iu" or values.ndim != 1:
-        raise ParameterError(f"{name} must hold integers on one axis, not {values.dtype.name} of shape {values.shape}")
-    if place == "cpu" and device != "cpu" and _capturing():
-        raise ParameterError(f"{name} must be on {device} while a CUDA graph is captured")
-    return values
-
-
-def _host(values: Array) -> np.ndarray | None:
-    """The values as int64 on the host; None when a graph capture forbids reading them."""
-    if not isinstance(values, np.ndarray):
-        if _capturing():
-            return None
-        values = values.get()
-    return np.asarray(values.astype(np.int64))
-
-
-def _capturing() -> bool:
-    """Whether CuPy's current stream records a CUDA graph."""
-    import cupy
-
-    return bool(cupy.cuda.get_current_stream().is_capturing())
-
-
-def _flag(name: str, value: bool) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise ParameterError(f"{name} = {value!r} must be True or False")
-    return bool(value)
-
-
-def _scale(scale: float | None, head_dim: int) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    if isinstance(scale, (bool, np.bool_)) or not isinstance(scale, (int, float, np.integer, np.floating)):
-        raise ParameterError(f"scale = {scale!r} must be a number")
-    if not 0 < float(scale) < math.inf:
-        raise ParameterError(f"scale = {scale!r} must be positive and finite")
-    return float(scale)
+def _in_vectors(array: Array) -> bool:
+    """Whether every row of head_dim is contiguous and begins at a multiple of 16 bytes."""
+    strides = [stride for stride, length in zip(array.strides[:-1], array.shape[:-1], strict=True) if length > 1]
+    return (
+        array.strides[-1] == array.itemsize
+        and _address(array) % VECTOR_BYTES == 0
+        and all(stride > 0 and stride % VECTOR_BYTES == 0 for stride in strides)
+    )

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .problem import Array, Problem, check
+from .arguments import check
+from .problem import Array, Problem
 
 CHUNK_SCORES_CPU = 1 << 18  # float32 scores that stay in a core's L2 cache: 1 MB
 CHUNK_SCORES_GPU = 1 << 28  # 1 GB: one chunk up to 8,192 tokens of 4 heads
