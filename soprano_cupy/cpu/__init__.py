@@ -1,0 +1,1 @@
+"""The optimised CPU engine: C kernels behind Cython."""
