@@ -84,7 +84,7 @@ def kernel_ready(problem: Problem) -> Problem:
         return None if values is None else xp.ascontiguousarray(xp.asarray(values), dtype=np.int32)
 
     def rows(array: Array) -> Array:
-        return array if _in_vectors(array) else xp.ascontiguousarray(array)
+        return array if _in_vectors(array) else array.copy(order="C")
 
     return replace(
         problem,

@@ -99,13 +99,15 @@ def _whole_batch(problem: Problem, xp: Any) -> Array:
     """All sequences at once, every one of S queries; keys beyond a sequence's length are masked out."""
     batch, queries, keys = problem.batch, problem.seqlen_q, problem.seqlen_k
     heads, kv_heads, group, dim = problem.num_heads, problem.num_kv_heads, problem.group, problem.head_dim
+    if problem.key_lengths is not None:
+        keys = int(problem.key_lengths.max())
     q = problem.q.reshape(batch, queries, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
-    v = problem.v
+    k, v = problem.k[:, :keys], problem.v[:, :keys]
     lengths = xp.full(batch, keys) if problem.kv_lengths is None else xp.asarray(problem.kv_lengths).astype(np.int64)
     position = xp.arange(keys)
-    if problem.kv_lengths is not None:  # weights of 0 do not silence NaN or infinity in unused rows
+    if problem.kv_lengths is not None:  # a weight of 0 does not silence NaN or infinity in unused rows
         v = xp.where((position < lengths[:, None])[:, :, None, None], v, v.dtype.type(0))
-    k_t, v_t = problem.k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    k_t, v_t = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     out = xp.empty((batch, queries, heads, dim), problem.q.dtype)
     step = max(1, CHUNK_SCORES_GPU // (batch * heads * keys))
     for first in range(0, queries, step):
