@@ -15,7 +15,7 @@ def gelu(x, out):
     """Write x Phi(x), the exact (erf) Gaussian error linear unit, into `out` and return it.
 
     x, out: float32 or float64 arrays of one dtype and shape, C-contiguous; `out` may be `x`.
-    The relative error stays within 6 units in the last place, in the negative tail too.
+    The relative error stays within 6 units in the last place for float32, tails included.
     """
     cdef float[::1] x32, out32
     cdef double[::1] x64, out64
