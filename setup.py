@@ -1,15 +1,14 @@
 """Builds the extension modules and puts `kernels/` inside the package; metadata is in pyproject.toml."""
 
 import re
-import sys
+import runpy
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT / "tools"))
-from extensions import extensions  # noqa: E402
+KERNEL_FILES = {".cu", ".cuh", ".cubin"}
 
 
 class BuildWithKernels(build_py):
@@ -20,7 +19,7 @@ class BuildWithKernels(build_py):
         if self.editable_mode:  # a checkout finds kernels/ beside the package
             return
         for source in sorted((ROOT / "kernels").rglob("*")):
-            if source.suffix in {".cu", ".cuh", ".cubin"} and "emulation" not in source.parts:
+            if source.suffix in KERNEL_FILES and "emulation" not in source.parts:
                 target = Path(self.build_lib) / "soprano_cupy" / source.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.copy_file(str(source), str(target))
@@ -29,4 +28,8 @@ class BuildWithKernels(build_py):
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "soprano_cupy/__init__.py").read_text(), re.MULTILINE)
 assert version is not None
 
-setup(version=version[1], ext_modules=extensions(), cmdclass={"build_py": BuildWithKernels})
+setup(
+    version=version[1],
+    ext_modules=runpy.run_path(str(ROOT / "soprano_cupy/cpu/build.py"))["cpu_extensions"](),
+    cmdclass={"build_py": BuildWithKernels},
+)

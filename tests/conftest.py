@@ -15,3 +15,14 @@ def shared_dir() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip(f"reference data not found at {folder}; set SOPRANO_SHARED to its folder")
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` skip with the reason where no GPU can be used."""
+    from soprano_cupy.device import cuda_problem
+
+    problem = cuda_problem()
+    if problem is not None:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=problem))

@@ -13,12 +13,16 @@ import numpy as np
 Array = Any
 
 
-class InverseSTFT:
-    """The transform's constants for one frame size."""
+def hann(n_fft: int) -> np.ndarray:
+    """The periodic Hann window, (n_fft,) float64."""
+    return 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
 
-    def __init__(self, n_fft: int, hop_length: int, xp: Any, dtype: str) -> None:
-        self.n_fft, self.hop_length, self.xp, self.dtype = n_fft, hop_length, xp, dtype
-        window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+
+class InverseSTFT:
+    """The transform's constants for one window (n_fft,) float64."""
+
+    def __init__(self, window: np.ndarray, hop_length: int, xp: Any, dtype: str) -> None:
+        self.n_fft, self.hop_length, self.xp, self.dtype = len(window), hop_length, xp, dtype
         self.window = xp.asarray(window.astype(dtype))
         # (n_fft / hop, hop): the squared window's part under each of a hop's overlapping frames.
         self.squares = (window * window).reshape(-1, hop_length)

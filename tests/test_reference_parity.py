@@ -1,0 +1,99 @@
+"""The model against the outputs of the reference PyTorch implementation in float32."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numerics import relative_error, snr_db
+
+from soprano_cupy import Qwen3, VocosDecoder
+from soprano_cupy.device import to_host
+from soprano_cupy.tokenizer import Tokenizer
+
+CHECKPOINTS = ["golden/mqa", "golden/gqa", "voice"]
+
+
+class Golden:
+    """One checkpoint, its expected outputs, and models loaded from it once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.expected = dict(np.load(folder / "expected.npz"))
+        self.prompts = json.loads((folder / "prompts.json").read_text())
+        self._models: dict[tuple[str, str], Qwen3] = {}
+
+    def language_model(self, device: str, dtype: str) -> Qwen3:
+        if (device, dtype) not in self._models:
+            self._models[device, dtype] = Qwen3.load(self.folder, device, dtype)
+        return self._models[device, dtype]
+
+
+@pytest.fixture(scope="module", params=CHECKPOINTS)
+def golden(request: pytest.FixtureRequest, shared_dir: Path) -> Golden:
+    return Golden(shared_dir / request.param)
+
+
+CPU_AND_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def test_tokenizer_gives_the_expected_ids(golden: Golden) -> None:
+    tokenizer = Tokenizer.load(golden.folder)
+    for i, prompt in enumerate(golden.prompts):
+        np.testing.assert_array_equal(tokenizer.encode(prompt), golden.expected[f"ids{i}"])
+
+
+@pytest.mark.parametrize("device", CPU_AND_GPU)
+@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-4), ("float64", 1e-5)])
+def test_states_and_logits(golden: Golden, device: str, dtype: str, allowed: float) -> None:
+    model = golden.language_model(device, dtype)
+    for i in range(len(golden.prompts)):
+        states, logits = map(to_host, model.forward(golden.expected[f"ids{i}"]))
+        assert relative_error(states, golden.expected[f"hidden{i}"]) <= allowed
+        assert relative_error(logits[-1], golden.expected[f"logits{i}"]) <= allowed
+
+
+@pytest.mark.parametrize("device", CPU_AND_GPU)
+def test_greedy_tokens_and_their_states(golden: Golden, device: str) -> None:
+    model = golden.language_model(device, "float32")
+    for i in range(len(golden.prompts)):
+        tokens, states = golden.expected[f"greedy{i}"], golden.expected[f"states{i}"]
+        out = model.generate(golden.expected[f"ids{i}"], max_new_tokens=len(tokens))
+        np.testing.assert_array_equal(out.tokens, tokens)
+        assert out.finish_reason == ("stop" if tokens[-1] == model.config.eos_token_id else "length")
+        assert relative_error(to_host(out.states), states) <= 1e-4
+
+
+@pytest.mark.parametrize("device", CPU_AND_GPU)
+def test_ragged_batch_gives_the_tokens_of_each_alone(golden: Golden, device: str) -> None:
+    model = golden.language_model(device, "float32")
+    count = len(golden.prompts)
+    prompts = [golden.expected[f"ids{i}"] for i in range(count)]
+    limit = max(len(golden.expected[f"greedy{i}"]) for i in range(count))
+    for i, out in enumerate(model.generate(prompts, max_new_tokens=limit)):
+        np.testing.assert_array_equal(out.tokens, golden.expected[f"greedy{i}"])
+        assert relative_error(to_host(out.states), golden.expected[f"states{i}"]) <= 1e-4
+
+
+@pytest.mark.parametrize("device", CPU_AND_GPU)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_audio_of_the_reference_states(golden: Golden, device: str, dtype: str) -> None:
+    decoder = VocosDecoder.load(golden.folder, device, dtype)
+    for i in range(len(golden.prompts)):
+        audio = to_host(decoder(golden.expected[f"states{i}"]))
+        assert audio.shape == golden.expected[f"audio{i}"].shape
+        assert snr_db(audio, golden.expected[f"audio{i}"]) >= 90
+    if "dec_in" in golden.expected:
+        audio = to_host(decoder(golden.expected["dec_in"].transpose(0, 2, 1)))
+        assert snr_db(audio, golden.expected["dec_out"]) >= 90
+
+
+@pytest.mark.parametrize("device", CPU_AND_GPU)
+def test_audio_from_ids(golden: Golden, device: str) -> None:
+    model = golden.language_model(device, "float32")
+    decoder = VocosDecoder.load(golden.folder, device)
+    for i in range(len(golden.prompts)):
+        out = model.generate(golden.expected[f"ids{i}"], max_new_tokens=len(golden.expected[f"greedy{i}"]))
+        assert snr_db(to_host(decoder(out.states)), golden.expected[f"audio{i}"]) >= 90
