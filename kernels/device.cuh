@@ -1,0 +1,338 @@
+// Every device primitive that the attention kernels use, in one place: shared-memory access, asynchronous
+// copies, matrix fragments, tensor-core products, warp exchanges, barriers, conversions and exponentials.
+//
+// The kernels speak to the hardware only through these functions. kernels/emulation/device.cuh defines the same
+// names in host C++; it is included first when a kernel is built for the CPU and its guard keeps this file out.
+//
+// Conventions
+//   * Shared memory is dynamic only and is named by 32-bit byte addresses counted from shared_base().
+//   * DTYPE_FP16, DTYPE_BF16 or DTYPE_FP32 picks `Element`, the storage type of q, k, v and out.
+//   * Lanes of a warp call the collectives (load_matrix_*, mma_*, shuffle*, any_lane, sync_warp) together.
+#ifndef SOPRANO_DEVICE_CUH
+#define SOPRANO_DEVICE_CUH
+
+#define DEVICE __device__ __forceinline__
+
+// Whether this architecture and dtype have matrix products: fp16 from Turing on, bf16 from Ampere on.
+#if defined(DTYPE_FP16)
+#define HAS_MMA (__CUDA_ARCH__ >= 750)
+#elif defined(DTYPE_BF16)
+#define HAS_MMA (__CUDA_ARCH__ >= 800)
+#else
+#define HAS_MMA 0
+#endif
+
+constexpr int WARP_LANES = 32;
+
+DEVICE int lane_index() { return threadIdx.x & (WARP_LANES - 1); }
+DEVICE int warp_index() { return threadIdx.x / WARP_LANES; }
+
+// ---------------------------------------------------------------------------------------------------------------
+// Element formats. Two half-precision numbers travel in one register, the lower index in the lower half.
+
+#if defined(DTYPE_FP32)
+
+typedef float Element;
+DEVICE float to_float(Element value) { return value; }
+DEVICE Element from_float(float value) { return value; }
+
+#else
+
+typedef unsigned short Element;  // the bits of one fp16 or bf16 number
+
+#if defined(DTYPE_FP16)
+
+DEVICE float to_float(Element value) {
+    float result;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value));
+    return result;
+}
+
+DEVICE Element from_float(float value) {
+    Element result;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
+    return result;
+}
+
+#else  // DTYPE_BF16: the upper half of an fp32 number
+
+DEVICE float to_float(Element value) { return __int_as_float(static_cast<int>(value) << 16); }
+
+DEVICE Element from_float(float value) {
+#if __CUDA_ARCH__ >= 800
+    Element result;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
+    return result;
+#else
+    // Round to nearest, ties to even, on the bits; a NaN keeps its class whatever its payload.
+    const unsigned bits = static_cast<unsigned>(__float_as_int(value));
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+    return static_cast<Element>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+}
+
+#endif
+
+// (low, high) rounded to nearest even into one register.
+DEVICE unsigned pack2(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+    unsigned result;
+#if defined(DTYPE_FP16)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+#endif
+    return result;
+#else
+    return static_cast<unsigned>(from_float(low)) | (static_cast<unsigned>(from_float(high)) << 16);
+#endif
+}
+
+DEVICE float unpack_low(unsigned pair) { return to_float(static_cast<Element>(pair & 0xffffu)); }
+DEVICE float unpack_high(unsigned pair) { return to_float(static_cast<Element>(pair >> 16)); }
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------
+// Shared memory.
+
+// Byte address of the launch's dynamic shared memory, aligned to 1,024 bytes.
+DEVICE unsigned shared_base() {
+    extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
+    return static_cast<unsigned>(__cvta_generic_to_shared(dynamic_shared_memory));
+}
+
+template <typename T> DEVICE T load_shared(unsigned address);
+template <typename T> DEVICE void store_shared(unsigned address, T value);
+
+template <> DEVICE unsigned load_shared<unsigned>(unsigned address) {
+    unsigned v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+    return v;
+}
+template <> DEVICE float load_shared<float>(unsigned address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address) : "memory");
+    return v;
+}
+template <> DEVICE float2 load_shared<float2>(unsigned address) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
+template <> DEVICE float4 load_shared<float4>(unsigned address) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+    return v;
+}
+template <> DEVICE uint4 load_shared<uint4>(unsigned address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
+template <> DEVICE void store_shared<unsigned>(unsigned address, unsigned v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
+template <> DEVICE void store_shared<float>(unsigned address, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
+}
+template <> DEVICE void store_shared<float2>(unsigned address, float2 v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+template <> DEVICE void store_shared<float4>(unsigned address, float4 v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+template <> DEVICE void store_shared<uint4>(unsigned address, uint4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Global memory. T is a plain value of 2, 4, 8 or 16 bytes; the pointer is aligned to its size.
+
+// Reads data that no thread writes during the launch.
+template <typename T> DEVICE T load_global(const void* address) { return __ldg(static_cast<const T*>(address)); }
+
+// Reads data that other blocks of this launch may have written (after fence_device and an atomic of theirs).
+template <typename T> DEVICE T load_global_fresh(const void* address) {
+    return __ldcg(static_cast<const T*>(address));
+}
+
+template <typename T> DEVICE void store_global(void* address, T value) { *static_cast<T*>(address) = value; }
+
+// *counter = (*counter >= limit) ? 0 : *counter + 1, returning the old value: a counter that resets itself.
+DEVICE unsigned atomic_increment(unsigned* counter, unsigned limit) { return atomicInc(counter, limit); }
+
+// Orders this thread's global writes before its later atomics, as seen by the whole device.
+DEVICE void fence_device() { __threadfence(); }
+
+// ---------------------------------------------------------------------------------------------------------------
+// Asynchronous copies, global to shared, 16 bytes each (both sides aligned to 16). Where `valid` is false nothing
+// is read and zeros are written, so padded rows of any content never enter the arithmetic. A copy has landed for
+// the thread that issued it after copy_async_wait, and for others after a barrier behind that. Below Ampere the
+// copy is a plain load and store, already complete.
+
+DEVICE void copy_async_16(unsigned shared_address, const void* source, bool valid) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(shared_address), "l"(source), "r"(valid ? 16 : 0) : "memory");
+#else
+    uint4 value = make_uint4(0u, 0u, 0u, 0u);
+    if (valid) value = load_global<uint4>(source);
+    store_shared<uint4>(shared_address, value);
+#endif
+}
+
+// Closes the group of copies issued since the last commit.
+DEVICE void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most PENDING of this thread's most recent groups are still in flight.
+template <int PENDING> DEVICE void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// Barriers.
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+
+// Waits for `threads` threads (a multiple of 32) at barrier `id` (1 to 15).
+DEVICE void sync_named(int id, int threads) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+// Thread-block clusters: the blocks of a cluster read each other's shared memory.
+DEVICE unsigned cluster_rank() {
+    unsigned rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+DEVICE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Reads a float at this block's shared `address` in the block of rank `rank`.
+DEVICE float load_shared_of(unsigned address, unsigned rank) {
+    float v;
+    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\n"
+                 "ld.shared::cluster.f32 %0, [remote];\n}" : "=f"(v) : "r"(address), "r"(rank) : "memory");
+    return v;
+}
+DEVICE float4 load_shared4_of(unsigned address, unsigned rank) {
+    float4 v;
+    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+    return v;
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------
+// Warp exchanges, over all 32 lanes.
+
+DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
+DEVICE float shuffle(float value, int source_lane) { return __shfl_sync(0xffffffffu, value, source_lane); }
+DEVICE unsigned shuffle(unsigned value, int source_lane) { return __shfl_sync(0xffffffffu, value, source_lane); }
+DEVICE bool any_lane(bool predicate) { return __any_sync(0xffffffffu, predicate); }
+
+// ---------------------------------------------------------------------------------------------------------------
+// Matrix fragments: 8 x 8 matrices of 2-byte elements. Lane l passes the address of row l % 8 of matrix l / 8 (16
+// aligned bytes; x1 uses lanes 0-7, x2 lanes 0-15). Register i of lane l receives elements (l / 4, 2 (l % 4)) and
+// the next of matrix i; with _trans, of its transpose.
+
+#if __CUDA_ARCH__ >= 750 && !defined(DTYPE_FP32)
+
+DEVICE void load_matrix_x1(unsigned& r, unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(address) : "memory");
+}
+DEVICE void load_matrix_x2(unsigned (&r)[2], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+}
+DEVICE void load_matrix_x4(unsigned (&r)[4], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+DEVICE void load_matrix_x1_trans(unsigned& r, unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(address) : "memory");
+}
+DEVICE void load_matrix_x2_trans(unsigned (&r)[2], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+}
+DEVICE void load_matrix_x4_trans(unsigned (&r)[4], unsigned address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+// d (16 x 8, fp32) += a (16 x 8) b (8 x 8). a: rows l / 4 and l / 4 + 8; b: column l / 4; d: rows l / 4 (d[0], d[1]) and
+// l / 4 + 8 (d[2], d[3]), columns 2 (l % 4) and the next.
+DEVICE void mma_16x8x8(float (&d)[4], unsigned a0, unsigned a1, unsigned b) {
+#if defined(DTYPE_FP16)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+#elif __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+#endif
+}
+
+// d (16 x 8, fp32) += a (16 x 16) b (16 x 8). a: {rows l / 4, rows l / 4 + 8} of k 0-7, then of k 8-15; b: column
+// l / 4 of k 0-7 and k 8-15, each lane the pair of k from 2 (l % 4). Turing forms it from two products of depth 8.
+DEVICE void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#if __CUDA_ARCH__ >= 800
+#if defined(DTYPE_FP16)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#endif
+#else
+    mma_16x8x8(d, a[0], a[1], b0);
+    mma_16x8x8(d, a[2], a[3], b1);
+#endif
+}
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------
+// Arithmetic.
+
+DEVICE float infinity() { return __int_as_float(0x7f800000); }
+
+// 2^x in one instruction, relative error below 2^-22; 0 at -inf.
+DEVICE float exp2_fast(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// log2(x) in one instruction; -inf at 0.
+DEVICE float log2_fast(float x) {
+    float result;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+DEVICE float bits_to_float(int bits) { return __int_as_float(bits); }
+
+#endif  // SOPRANO_DEVICE_CUH

@@ -1,0 +1,35 @@
+// What the host passes to the emulated machine; tests/emulation.py holds the same fields in the same order.
+#pragma once
+
+#include <cstddef>
+
+#include "../attention_params.cuh"
+
+namespace emulation {
+
+typedef void (*Kernel)(AttentionParams);
+
+// A range of global memory that the kernel may touch.
+struct Buffer {
+    const void* start;
+    size_t bytes;
+    int writable;
+};
+
+struct Options {
+    unsigned grid[3];
+    unsigned threads;       // of a block; a multiple of 32
+    unsigned shared_bytes;  // of a block; a multiple of 16
+    unsigned cluster;       // blocks of a cluster along x; 1: none
+    int reverse;            // 1: later threads run first
+    // Sabotage, to prove that a fault is caught: every thread ignores its n-th barrier, wait or warp barrier; -1: none.
+    int skip_barrier, skip_wait, skip_warp_barrier;
+    int num_buffers;  // 0: global accesses are not checked
+    const Buffer* buffers;
+};
+
+}  // namespace emulation
+
+// Runs the whole grid. 0: done; 1: `message` says what went wrong and where.
+extern "C" int emulation_launch(emulation::Kernel kernel, const AttentionParams* params,
+                                const emulation::Options* options, char* message, size_t message_bytes);

@@ -1,0 +1,351 @@
+// The emulated machine: blocks of fibers, warp collectives, barriers, asynchronous copies, and the launch.
+// Blocks run one cluster after the other, so global memory has one writer at a time; built once for all kernels.
+#include "machine.hpp"
+
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <deque>
+
+#include "../attention_params.cuh"
+#include "fibers.hpp"
+#include "formats.hpp"
+#include "launch.hpp"
+#include "shared_memory.hpp"
+
+namespace emulation {
+
+Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace {
+
+constexpr int LANES = 32, BARRIERS = 16;
+
+struct Copy {
+    unsigned offset;
+    const void* source;  // null: zeros
+};
+
+struct Thread {
+    std::vector<Copy> open;               // copies issued since the last commit
+    std::deque<std::vector<Copy>> groups;  // committed and still in flight, oldest first
+    int barriers = 0, waits = 0, warp_barriers = 0;  // how many it has met, for Options::skip_*
+};
+
+struct Warp {
+    const char* operation = nullptr;
+    int detail = 0, arrived = 0;
+    void* slots[LANES];
+};
+
+struct Barrier {
+    std::vector<int> waiting;
+    int expected = 0;
+};
+
+struct Machine {
+    Fibers fibers;
+    SharedMemory shared;
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
+    std::vector<Barrier> barriers;  // BARRIERS for each block; one for the cluster at the end
+    const Options* options = nullptr;
+    AttentionParams params;
+    Kernel kernel = nullptr;
+    unsigned first_block = 0;
+    char* message = nullptr;
+    size_t message_bytes = 0;
+    bool failed = false;
+
+    int block_threads() const { return int(options->threads); }
+    int thread() const { return fibers.current(); }
+    int lane() const { return thread() % LANES; }
+    int warp() const { return thread() / LANES; }
+    int block() const { return thread() / block_threads(); }
+    Actor actor() const { return {warp(), lane()}; }
+} machine;
+
+void describe(char* out, size_t bytes, int thread) {
+    const int local = thread % machine.block_threads();
+    std::snprintf(out, bytes, "block (%u, %u, %u) thread %d (warp %d lane %d)", blockIdx.x, blockIdx.y, blockIdx.z,
+                  local, local / LANES, local % LANES);
+}
+
+void select(int fiber) {
+    const unsigned threads = machine.options->threads;
+    const unsigned flat = machine.first_block + unsigned(fiber) / threads;
+    threadIdx.x = unsigned(fiber) % threads;
+    blockIdx.x = flat % gridDim.x;
+    blockIdx.y = flat / gridDim.x % gridDim.y;
+    blockIdx.z = flat / gridDim.x / gridDim.y;
+}
+
+void enter() { machine.kernel(machine.params); }
+
+void deadlock() {
+    for (size_t t = 0; t < machine.threads.size(); ++t) {
+        if (machine.fibers.finished(int(t))) continue;
+        char who[128];
+        select(int(t));
+        describe(who, sizeof who, int(t));
+        std::snprintf(machine.message, machine.message_bytes, "deadlock: %s waits for ever at %s", who,
+                      machine.fibers.reason(int(t)));
+        break;
+    }
+    machine.failed = true;
+}
+
+// Meets the other lanes of the warp; the last to come runs finish(warp) for all.
+template <typename Finish> void meet_warp(const char* operation, int detail, void* slot, Finish finish) {
+    Warp& warp = machine.warps[machine.warp()];
+    if (warp.arrived != 0 && (warp.operation != operation || warp.detail != detail))
+        fail("lanes of one warp diverge: one is at %s, another at %s", warp.operation, operation);
+    warp.operation = operation;
+    warp.detail = detail;
+    warp.slots[machine.lane()] = slot;
+    if (++warp.arrived < LANES) return machine.fibers.block(operation);
+    warp.arrived = 0;
+    finish(warp);
+    const int first = machine.warp() * LANES;
+    for (int lane = 0; lane < LANES; ++lane) machine.fibers.wake(first + lane);
+}
+
+void meet_barrier(Barrier& barrier, int expected, const char* name) {
+    if (!barrier.waiting.empty() && barrier.expected != expected)
+        fail("%s: one thread waits for %d threads, another for %d", name, barrier.expected, expected);
+    barrier.expected = expected;
+    barrier.waiting.push_back(machine.thread());
+    if (int(barrier.waiting.size()) < expected) return machine.fibers.block(name);
+    std::vector<int> warps;
+    for (int thread : barrier.waiting) {
+        if (thread % LANES == 0) warps.push_back(thread / LANES);
+        machine.fibers.wake(thread);
+    }
+    barrier.waiting.clear();
+    machine.shared.sync_warps(warps);
+}
+
+void check_global(const void* address, unsigned bytes, bool write) {
+    const char* at = static_cast<const char*>(address);
+    if (reinterpret_cast<std::uintptr_t>(at) % bytes != 0)
+        fail("global %s of %u bytes at %p is misaligned", write ? "write" : "read", bytes, address);
+    if (machine.options->num_buffers == 0) return;
+    for (int i = 0; i < machine.options->num_buffers; ++i) {
+        const Buffer& buffer = machine.options->buffers[i];
+        const char* start = static_cast<const char*>(buffer.start);
+        if (at < start || at + bytes > start + buffer.bytes) continue;
+        if (write && !buffer.writable) fail("global write into an input (buffer %d, byte %zd)", i, at - start);
+        return;
+    }
+    fail("global %s of %u bytes lies outside every buffer", write ? "write" : "read", bytes);
+}
+
+float element(std::uint32_t pair, int index, bool bf16) {
+    const std::uint16_t bits = std::uint16_t(index == 0 ? pair : pair >> 16);
+    return bf16 ? bf16_to_float(bits) : fp16_to_float(bits);
+}
+
+struct MmaSlot {
+    float* d;
+    const unsigned *a, *b;
+};
+
+// d (16 x 8) += a (16 x depth) b (depth x 8), gathered from the lanes' fragments.
+void multiply(Warp& warp, int depth, bool bf16) {
+    float a[16][16], b[16][8], d[16][8];
+    for (int lane = 0; lane < LANES; ++lane) {
+        const MmaSlot& slot = *static_cast<MmaSlot*>(warp.slots[lane]);
+        const int row = lane / 4, pair = lane % 4 * 2;
+        for (int i = 0; i < 2; ++i) {
+            for (int k8 = 0; k8 < depth / 8; ++k8) {
+                a[row][8 * k8 + pair + i] = element(slot.a[2 * k8], i, bf16);
+                a[row + 8][8 * k8 + pair + i] = element(slot.a[2 * k8 + 1], i, bf16);
+                b[8 * k8 + pair + i][row] = element(slot.b[k8], i, bf16);
+            }
+            d[row][pair + i] = slot.d[i];
+            d[row + 8][pair + i] = slot.d[2 + i];
+        }
+    }
+    for (int m = 0; m < 16; ++m)
+        for (int k = 0; k < depth; ++k)
+            for (int n = 0; n < 8; ++n) d[m][n] += a[m][k] * b[k][n];
+    for (int lane = 0; lane < LANES; ++lane) {
+        const MmaSlot& slot = *static_cast<MmaSlot*>(warp.slots[lane]);
+        const int row = lane / 4, pair = lane % 4 * 2;
+        for (int i = 0; i < 2; ++i) {
+            slot.d[i] = d[row][pair + i];
+            slot.d[2 + i] = d[row + 8][pair + i];
+        }
+    }
+}
+
+struct MatrixSlot {
+    unsigned* registers;
+    unsigned address;
+};
+
+void distribute(Warp& warp, int matrices, bool transposed) {
+    std::uint16_t rows[4][8][8];
+    for (int i = 0; i < matrices * 8; ++i) {
+        const unsigned address = static_cast<MatrixSlot*>(warp.slots[i])->address;
+        machine.shared.read(machine.block(), address - SHARED_BASE, rows[i / 8][i % 8], 16,
+                            {machine.warp(), NO_LANE});
+    }
+    for (int lane = 0; lane < LANES; ++lane) {
+        const int row = lane / 4, column = lane % 4 * 2;
+        for (int m = 0; m < matrices; ++m) {
+            const unsigned low = transposed ? rows[m][column][row] : rows[m][row][column];
+            const unsigned high = transposed ? rows[m][column + 1][row] : rows[m][row][column + 1];
+            static_cast<MatrixSlot*>(warp.slots[lane])->registers[m] = low | high << 16;
+        }
+    }
+}
+
+void run_cluster(unsigned first_block) {
+    const Options& options = *machine.options;
+    const int threads = int(options.threads * options.cluster);
+    machine.first_block = first_block;
+    machine.threads.assign(threads, Thread{});
+    machine.warps.assign(threads / LANES, Warp{});
+    machine.barriers.assign(options.cluster * BARRIERS + 1, Barrier{});
+    machine.shared.reset(int(options.cluster), options.shared_bytes, threads / LANES);
+    machine.fibers.run(threads, enter, select, deadlock, options.reverse != 0);
+}
+
+}  // namespace
+
+[[noreturn]] void fail(const char* format, ...) {
+    char what[384], who[128];
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(what, sizeof what, format, arguments);
+    va_end(arguments);
+    describe(who, sizeof who, machine.thread());
+    std::snprintf(machine.message, machine.message_bytes, "%s, in %s", what, who);
+    machine.failed = true;
+    machine.fibers.abandon();
+}
+
+void read_shared(unsigned address, void* destination, unsigned bytes) {
+    machine.shared.read(machine.block(), address - SHARED_BASE, destination, bytes, machine.actor());
+}
+
+void write_shared(unsigned address, const void* source, unsigned bytes) {
+    machine.shared.write(machine.block(), address - SHARED_BASE, source, bytes, machine.actor());
+}
+
+void read_shared_of(unsigned address, unsigned rank, void* destination, unsigned bytes) {
+    if (rank >= machine.options->cluster) fail("block %u of a cluster of %u", rank, machine.options->cluster);
+    machine.shared.read(int(rank), address - SHARED_BASE, destination, bytes, machine.actor());
+}
+
+void read_global(const void* address, void* destination, unsigned bytes) {
+    check_global(address, bytes, false);
+    std::memcpy(destination, address, bytes);
+}
+
+void write_global(void* address, const void* source, unsigned bytes) {
+    check_global(address, bytes, true);
+    std::memcpy(address, source, bytes);
+}
+
+void copy_async(unsigned shared_address, const void* source, bool valid) {
+    if (valid) check_global(source, 16, false);
+    const unsigned offset = shared_address - SHARED_BASE;
+    machine.shared.issue_copy(machine.block(), offset, machine.actor());
+    machine.threads[machine.thread()].open.push_back({offset, valid ? source : nullptr});
+}
+
+void copy_async_commit() {
+    Thread& thread = machine.threads[machine.thread()];
+    thread.groups.push_back(std::move(thread.open));
+    thread.open.clear();
+}
+
+void copy_async_wait(int pending_groups) {
+    static const unsigned char zeros[16] = {};
+    Thread& thread = machine.threads[machine.thread()];
+    if (thread.waits++ == machine.options->skip_wait) return;
+    while (int(thread.groups.size()) > pending_groups) {
+        for (const Copy& copy : thread.groups.front())
+            machine.shared.land_copy(machine.block(), copy.offset, copy.source ? copy.source : zeros, machine.actor());
+        thread.groups.pop_front();
+    }
+}
+
+void sync_warp() {
+    if (machine.threads[machine.thread()].warp_barriers++ == machine.options->skip_warp_barrier) return;
+    meet_warp("sync_warp", 0, nullptr, [](Warp&) { machine.shared.sync_warp(machine.warp()); });
+}
+
+void sync_block() {
+    if (machine.threads[machine.thread()].barriers++ == machine.options->skip_barrier) return;
+    meet_barrier(machine.barriers[machine.block() * BARRIERS], machine.block_threads(), "sync_block");
+}
+
+void sync_named(int id, int threads) {
+    if (id < 1 || id >= BARRIERS || threads % LANES != 0) fail("sync_named(%d, %d) is not a barrier", id, threads);
+    if (machine.threads[machine.thread()].barriers++ == machine.options->skip_barrier) return;
+    meet_barrier(machine.barriers[machine.block() * BARRIERS + id], threads, "sync_named");
+}
+
+void sync_cluster() {
+    if (machine.threads[machine.thread()].barriers++ == machine.options->skip_barrier) return;
+    meet_barrier(machine.barriers.back(), int(machine.threads.size()), "sync_cluster");
+}
+
+unsigned cluster_rank() { return unsigned(machine.block()); }
+
+unsigned shuffle(unsigned value, int source_lane) {
+    struct Slot {
+        unsigned value;
+        int source;
+        unsigned result;
+    } slot{value, source_lane, 0};
+    meet_warp("shuffle", 0, &slot, [](Warp& warp) {
+        for (void* taker : warp.slots) {
+            Slot& mine = *static_cast<Slot*>(taker);
+            mine.result = static_cast<Slot*>(warp.slots[mine.source])->value;
+        }
+    });
+    return slot.result;
+}
+
+unsigned ballot(bool predicate) {
+    unsigned slot = predicate;
+    meet_warp("ballot", 0, &slot, [](Warp& warp) {
+        unsigned votes = 0;
+        for (int lane = 0; lane < LANES; ++lane) votes |= *static_cast<unsigned*>(warp.slots[lane]) << lane;
+        for (void* voter : warp.slots) *static_cast<unsigned*>(voter) = votes;
+    });
+    return slot;
+}
+
+void load_matrix(unsigned* registers, int matrices, bool transposed, unsigned address) {
+    MatrixSlot slot{registers, address};
+    meet_warp("load_matrix", matrices * 2 + transposed, &slot,
+              [=](Warp& warp) { distribute(warp, matrices, transposed); });
+}
+
+void mma(float* d, const unsigned* a, const unsigned* b, int depth, bool bf16) {
+    MmaSlot slot{d, a, b};
+    meet_warp("mma", depth, &slot, [=](Warp& warp) { multiply(warp, depth, bf16); });
+}
+
+}  // namespace emulation
+
+int emulation_launch(emulation::Kernel kernel, const AttentionParams* params, const emulation::Options* options,
+                     char* message, size_t message_bytes) {
+    using namespace emulation;
+    machine.kernel = kernel;
+    machine.params = *params;
+    machine.options = options;
+    machine.message = message;
+    machine.message_bytes = message_bytes;
+    machine.failed = false;
+    blockDim = {options->threads, 1, 1};
+    gridDim = {options->grid[0], options->grid[1], options->grid[2]};
+    const unsigned blocks = gridDim.x * gridDim.y * gridDim.z;
+    for (unsigned first = 0; first < blocks && !machine.failed; first += options->cluster) run_cluster(first);
+    return machine.failed ? 1 : 0;
+}
