@@ -13,12 +13,14 @@ import os
 from pathlib import Path
 
 from ..errors import CheckpointError
+from .resolve import ResolvedModel, resolve_model
 from .safetensors import open_safetensors, write_safetensors
 from .shapes import decoder_config, decoder_shapes, language_model_shapes
 from .tensors import TensorFile
 from .torch_zip import open_torch_zip
 
 __all__ = [
+    "ResolvedModel",
     "TensorFile",
     "convert",
     "decoder_config",
@@ -26,6 +28,7 @@ __all__ = [
     "language_model_shapes",
     "open_decoder",
     "open_language_model",
+    "resolve_model",
 ]
 
 LANGUAGE_MODEL = "model.safetensors"

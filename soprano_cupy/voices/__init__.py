@@ -1,0 +1,1 @@
+"""Checkpoints that come with the package; `checkpoint/resolve.py` finds them."""
