@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .errors import CheckpointError
 
 SAMPLE_RATE_HZ = 32_000
@@ -63,6 +65,10 @@ class ModelConfig:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def rope_frequencies(self) -> np.ndarray:
+        """Radians that each of the head_dim / 2 rotary pairs turns per position, float64 (Su et al., 2021)."""
+        return self.rope_theta ** (-np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:

@@ -14,3 +14,10 @@ def relative_error(values: np.ndarray, reference: np.ndarray) -> float:
 def snr_db(values: np.ndarray, reference: np.ndarray) -> float:
     """Signal-to-noise ratio of `values` as an approximation of `reference`, in decibels."""
     return float(-20 * np.log10(max(relative_error(values, reference), 1e-300)))
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16 values (ties to even), in the dtype of `values`."""
+    bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return rounded.astype(np.uint32).view(np.float32).astype(values.dtype)

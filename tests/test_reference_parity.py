@@ -1,19 +1,27 @@
-"""The model against the outputs of the reference PyTorch implementation in float32."""
+"""The model against the outputs of the reference PyTorch implementation in float32.
+
+The expected values of golden/mqa and golden/gqa come from a model that had been cast to bfloat16 and back,
+which rounded its rotary frequencies too: transformers itself, loading those folders, is 5e-4 away from them.
+For these two the tests round the frequencies alike, and one test holds the distance without the rounding.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from numerics import relative_error, snr_db
+from numerics import relative_error, round_to_bfloat16, snr_db
 
 from soprano_cupy import Qwen3, VocosDecoder
+from soprano_cupy.config import ModelConfig
 from soprano_cupy.device import to_host
 from soprano_cupy.tokenizer import Tokenizer
 
 CHECKPOINTS = ["golden/mqa", "golden/gqa", "voice"]
+ROUNDED = CHECKPOINTS[:2]
 
 
 class Golden:
@@ -32,8 +40,21 @@ class Golden:
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
-def golden(request: pytest.FixtureRequest, shared_dir: Path) -> Golden:
-    return Golden(shared_dir / request.param)
+def golden(request: pytest.FixtureRequest, shared_dir: Path) -> Iterator[Golden]:
+    exact = ModelConfig.rope_frequencies
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param in ROUNDED:
+            patch.setattr(ModelConfig, "rope_frequencies", lambda self: round_to_bfloat16(exact(self)))
+        yield Golden(shared_dir / request.param)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_distance_that_rounded_frequencies_explain(shared_dir: Path, name: str) -> None:
+    """5.18e-4 for mqa, 6.20e-4 for gqa, as transformers 5.23 has it; other files would need other tests."""
+    golden = Golden(shared_dir / name)
+    states, _ = golden.language_model("cpu", "float64").forward(golden.expected["ids0"])
+    distance = relative_error(states, golden.expected["hidden0"])
+    assert distance == pytest.approx({"golden/mqa": 5.184e-4, "golden/gqa": 6.196e-4}[name], rel=1e-3)
 
 
 CPU_AND_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

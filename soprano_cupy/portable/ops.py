@@ -62,12 +62,11 @@ def _gelu_kernel() -> Any:
     return cupy.ElementwiseKernel("T x", "T y", GELU_CUDA, "soprano_gelu")
 
 
-def rope_tables(positions: np.ndarray, head_dim: int, theta: float, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(positions: np.ndarray, frequencies: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines (N, 1, head_dim / 2) of the rotary embedding for positions (N,) (Su et al., 2021).
 
     Angles are formed in float64, so that they are right for every position and dtype.
     """
-    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     angles = positions.astype(np.float64)[:, None, None] * frequencies
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 

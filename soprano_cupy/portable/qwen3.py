@@ -125,6 +125,7 @@ class PortableLanguageModel(LanguageModelRunner):
         self._attend = choice.function
         self._xp = array_module(device)
         self._weights = Weights(file, config, self._xp, dtype)
+        self._frequencies = config.rope_frequencies()
         self._wide = np.dtype("float64" if dtype == "float64" else "float32")
 
     def new_cache(self, slots: int, capacity: int) -> PortableCache:
@@ -134,7 +135,7 @@ class PortableLanguageModel(LanguageModelRunner):
         assert isinstance(cache, PortableCache)
         xp, weights = self._xp, self._weights
         rows = Rows.append(cache, cu_seqlens)
-        angles = rope_tables(rows.positions, self.config.head_dim, self.config.rope_theta, self._wide)
+        angles = rope_tables(rows.positions, self._frequencies, self._wide)
         cos, sin = xp.asarray(angles[0]), xp.asarray(angles[1])
         x = weights.embeddings[xp.asarray(ids)].astype(self._wide)
         for i, layer in enumerate(weights.layers):
