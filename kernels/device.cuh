@@ -335,4 +335,27 @@ DEVICE float log2_fast(float x) {
 DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float bits_to_float(int bits) { return __int_as_float(bits); }
 
+// ---------------------------------------------------------------------------------------------------------------
+// Streams. Reads data that no thread writes during the launch and that this multiprocessor reads once: it takes no
+// room in L1, and L2 fetches the whole 128-byte line, of which another warp wants the rest.
+template <typename T> DEVICE T load_global_once(const void* address);
+
+#if __CUDA_ARCH__ >= 750
+#define LOAD_ONCE "ld.global.nc.L1::no_allocate.L2::128B"
+#else
+#define LOAD_ONCE "ld.global.nc"
+#endif
+template <> DEVICE uint2 load_global_once<uint2>(const void* address) {
+    uint2 v;
+    asm volatile(LOAD_ONCE ".v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
+    return v;
+}
+template <> DEVICE uint4 load_global_once<uint4>(const void* address) {
+    uint4 v;
+    asm volatile(LOAD_ONCE ".v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+}
+#undef LOAD_ONCE
+
 #endif  // SOPRANO_DEVICE_CUH

@@ -1,0 +1,195 @@
+"""The Hopper prefill kernel's host side: what it takes, its tiles, its grid, and its tensor maps.
+
+`kernels/attention_prefill_hopper.cu` reads q, k and v through tensor maps: 128-byte records, encoded by the
+driver, that say where an array lies and which box of it one copy brings to shared memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+
+from ..errors import DeviceError
+from .problem import Array, Problem
+
+SOURCE = "attention_prefill_hopper.cu"
+FUNCTION = "attention_prefill_hopper"
+COMPUTE_CAPABILITY = 90  # wgmma and setmaxnreg exist on this architecture alone
+
+WARPGROUP_THREADS = 128
+WARPGROUP_ROWS = 64  # query rows of one warpgroup's wgmma
+BLOCK_KEYS = 128  # BLOCK_N of the kernel
+PANEL_COLUMNS = 64  # 16-bit elements in one 128-byte swizzled row
+ALIGNMENT_BYTES = 1024  # of a tile: the swizzle's period
+ELEMENT_BYTES = 2
+DTYPES = {"bfloat16": "DTYPE_BF16", "float16": "DTYPE_FP16"}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Compile-time shape of the kernel.
+
+    All registers of the block: 128 * (producer + consumers * consumer) <= 65,536; each a multiple of 8.
+    """
+
+    consumers: int  # warpgroups that compute, 64 query rows each
+    stages: int  # places in the rings of K and of V
+    consumer_registers: int
+    producer_registers: int
+
+    @property
+    def rows(self) -> int:
+        """Query rows of a tile: tokens times heads of the group."""
+        return self.consumers * WARPGROUP_ROWS
+
+    @property
+    def threads(self) -> int:
+        return (self.consumers + 1) * WARPGROUP_THREADS
+
+    def shared_bytes(self, head_dim: int) -> int:
+        """Dynamic shared memory: Q, the rings of K and V, the barriers, and room to align the first tile."""
+        tiles = (self.rows + 2 * self.stages * BLOCK_KEYS) * head_dim * ELEMENT_BYTES
+        barriers = 8 * (3 + 4 * self.stages)
+        return ALIGNMENT_BYTES + tiles + barriers
+
+
+# Two warpgroups of 64 rows leave 232 registers for O (64), S (64) and P (32) at head_dim 128; more rows would not
+# fit. Two stages of K and V let the next block load while this one is used.
+TILES = {128: Tiles(2, 2, 232, 40), 64: Tiles(2, 2, 232, 40)}
+
+
+def refusal(problem: Problem, compute_capability: int) -> str | None:
+    """Why this kernel cannot serve the call, as one line; None when it can."""
+    if compute_capability != COMPUTE_CAPABILITY:
+        return f"the Hopper kernel needs compute capability 9.0, not {compute_capability / 10:.1f}"
+    if problem.dtype not in DTYPES:
+        return f"the Hopper kernel takes float16 and bfloat16, not {problem.dtype}"
+    if problem.head_dim not in TILES:
+        return f"the Hopper kernel takes head_dim 64 and 128, not {problem.head_dim}"
+    rows = TILES[problem.head_dim].rows
+    if rows % problem.group:
+        return f"a group of {problem.group} query heads does not divide the Hopper kernel's {rows} tile rows"
+    return None
+
+
+def defines(problem: Problem) -> tuple[tuple[str, int], ...]:
+    """The kernel's compile-time constants for this call."""
+    tiles = TILES[problem.head_dim]
+    return (
+        ("HEAD_DIM", problem.head_dim),
+        ("GROUP", problem.group),
+        ("CAUSAL", int(problem.causal)),
+        (DTYPES[problem.dtype], 1),
+        ("CONSUMERS", tiles.consumers),
+        ("STAGES", tiles.stages),
+        ("CONSUMER_REGISTERS", tiles.consumer_registers),
+        ("PRODUCER_REGISTERS", tiles.producer_registers),
+    )
+
+
+def tile_count(problem: Problem) -> int:
+    """Tiles of query rows over all sequences and KV heads, those past a short sequence's end included."""
+    tokens = TILES[problem.head_dim].rows // problem.group
+    return -(-problem.seqlen_q // tokens) * problem.num_kv_heads * problem.batch
+
+
+def extra_arguments(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The tensor maps of q, k and v, which follow AttentionParams in the kernel's arguments.
+
+    problem: `kernel_ready`, on a GPU. The arrays are addressed as they lie, copied nowhere.
+    """
+    tiles = TILES[problem.head_dim]
+    tokens = tiles.rows // problem.group
+    return (
+        _map(problem.q, (1, 0), (problem.group, tokens)),
+        _map(problem.k, (0, 1), (BLOCK_KEYS, 1)),
+        _map(problem.v, (0, 1), (BLOCK_KEYS, 1)),
+    )
+
+
+def _map(array: Array, order: tuple[int, int], box: tuple[int, int]) -> np.ndarray:
+    """A map of (batch, token, head, D) or (token, head, D): columns, two axes in `order` (0 token, 1 head), batch."""
+    shape = tuple(int(n) for n in array.shape)
+    strides = tuple(int(n) for n in array.strides)
+    if len(shape) == 3:  # packed sequences: one long batch entry
+        shape, strides = (1, *shape), (0, *strides)
+    axes = (3, 1 + order[0], 1 + order[1], 0)
+    # an axis of length 1 is never stepped along, but its stride must still be a multiple of 16 bytes
+    steps = tuple(strides[axis] if shape[axis] > 1 else shape[3] * ELEMENT_BYTES for axis in axes[1:])
+    return encode(
+        int(array.data.ptr), array.dtype.name, tuple(shape[axis] for axis in axes), steps, (PANEL_COLUMNS, *box, 1)
+    )
+
+
+# ---- cuTensorMapEncodeTiled of the CUDA driver; the numbers are its enumerations' ----
+
+_MAP_BYTES = 128
+_MAP_ALIGNMENT = 64
+_MAP_DTYPE = np.dtype([("bytes", np.uint8, (_MAP_BYTES,))])
+_DATA_TYPES = {"float16": 6, "bfloat16": 9}
+_INTERLEAVE_NONE = 0
+_SWIZZLE_128B = 3
+_L2_PROMOTION_256B = 3
+_FILL_ZERO = 0  # what lies outside the array reads as 0
+
+
+@lru_cache(maxsize=512)
+def encode(
+    address: int, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+) -> np.ndarray:
+    """One tensor map as a record that a kernel takes by value.
+
+    shape and box: elements, innermost axis first; strides: bytes, of all axes but the innermost. Copies put the
+    rows of a box one after the other, 128 bytes each, with the 128-byte swizzle. Raises `DeviceError`.
+    """
+    rank = len(shape)
+    buffer = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
+    aligned = -(-ctypes.addressof(buffer) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
+    status = _encode_tiled()(
+        aligned,
+        _DATA_TYPES[dtype],
+        rank,
+        address,
+        _array(ctypes.c_uint64, shape),
+        _array(ctypes.c_uint64, strides),
+        _array(ctypes.c_uint32, box),
+        _array(ctypes.c_uint32, (1,) * rank),
+        _INTERLEAVE_NONE,
+        _SWIZZLE_128B,
+        _L2_PROMOTION_256B,
+        _FILL_ZERO,
+    )
+    if status:
+        raise DeviceError(
+            f"the driver refused a tensor map of shape {shape}, strides {strides}, box {box} at {address:#x} "
+            f"(error {status}); use attention standard, and report the shapes"
+        )
+    record = np.empty(1, _MAP_DTYPE)
+    ctypes.memmove(record.ctypes.data, aligned, _MAP_BYTES)
+    return record
+
+
+@cache
+def _encode_tiled() -> Callable[..., int]:
+    """The driver's function; `DeviceError` when the driver is missing or older than CUDA 12."""
+    try:
+        function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    except (OSError, AttributeError) as error:
+        raise DeviceError(
+            f"the NVIDIA driver has no tensor maps ({error}); install one for CUDA 12 or newer"
+        ) from error
+    pointer, number = ctypes.c_void_p, ctypes.c_int
+    function.argtypes = [
+        pointer, number, ctypes.c_uint32, pointer, pointer, pointer, pointer, pointer, number, number, number, number,
+    ]  # fmt: skip
+    function.restype = number
+    encode_tiled: Callable[..., int] = function
+    return encode_tiled
+
+
+def _array(kind: type[ctypes.c_uint32] | type[ctypes.c_uint64], values: Sequence[int]) -> ctypes.Array[ctypes.c_uint32]:
+    return (kind * len(values))(*values)  # type: ignore[return-value]
