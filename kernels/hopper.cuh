@@ -112,7 +112,7 @@ __device__ __forceinline__ void registers_claim() {
 // Bits 0-13 start, 16-29 leading offset, 32-45 stride offset, all in 16 bytes; 62-63 the swizzle, 1 = 128 bytes.
 // Rows are contiguous along the product's K axis. The stride offset leads from 8 rows to the next 8; the leading
 // offset is unused. A step of 16 columns inside a panel adds 2 to the start.
-__device__ __forceinline__ u64 descriptor_k_major(u32 address) {
+__device__ __forceinline__ constexpr u64 descriptor_k_major(u32 address) {
     constexpr u64 STRIDE = SWIZZLE_ROWS * PANEL_ROW_BYTES >> 4;
     return static_cast<u64>((address & 0x3FFFF) >> 4) | (1ull << 16) | (STRIDE << 32) | (1ull << 62);
 }
@@ -120,7 +120,7 @@ __device__ __forceinline__ u64 descriptor_k_major(u32 address) {
 // Rows are contiguous along N (a transposed B): the leading offset leads from a panel of 64 columns to the next,
 // the stride offset from 8 rows of K to the next 8. A step of 16 rows adds 128 to the start.
 template <int PANEL_BYTES>
-__device__ __forceinline__ u64 descriptor_n_major(u32 address) {
+__device__ __forceinline__ constexpr u64 descriptor_n_major(u32 address) {
     constexpr u64 LEADING = PANEL_BYTES >> 4;
     constexpr u64 STRIDE = SWIZZLE_ROWS * PANEL_ROW_BYTES >> 4;
     return static_cast<u64>((address & 0x3FFFF) >> 4) | (LEADING << 16) | (STRIDE << 32) | (1ull << 62);
