@@ -24,14 +24,33 @@ class InverseSTFT:
     def __init__(self, window: np.ndarray, hop_length: int, xp: Any, dtype: str) -> None:
         self.n_fft, self.hop_length, self.xp, self.dtype = len(window), hop_length, xp, dtype
         self.window = xp.asarray(window.astype(dtype))
+        self._matrix: Array | None = None
         # (n_fft / hop, hop): the squared window's part under each of a hop's overlapping frames.
         self.squares = (window * window).reshape(-1, hop_length)
 
     def frames(self, spectrum: Array) -> Array:
         """(B, F, n_fft / 2 + 1) complex bins to (B, F, n_fft) windowed samples."""
-        samples = self.xp.fft.irfft(spectrum, self.n_fft, axis=-1).astype(self.dtype, copy=False)
+        if self.xp is np:
+            samples = np.fft.irfft(spectrum, self.n_fft, axis=-1).astype(self.dtype, copy=False)
+        else:
+            samples = self.xp.concatenate((spectrum.real, spectrum.imag), axis=-1) @ self._basis()
         samples *= self.window
         return samples
+
+    def _basis(self) -> Array:
+        """(2 bins, n_fft): the inverse transform of real signals as a matrix.
+
+        On a GPU this costs little beside the decoder's other products, and saves the installation of cuFFT.
+        """
+        if self._matrix is None:
+            bins = self.n_fft // 2 + 1
+            share = np.full(bins, 2.0 / self.n_fft)
+            share[[0, -1]] = 1.0 / self.n_fft  # the two bins that have no mirror image
+            turns = np.outer(np.arange(bins), np.arange(self.n_fft)) % self.n_fft
+            angles = 2 * np.pi / self.n_fft * turns
+            matrix = np.concatenate((np.cos(angles), -np.sin(angles))) * np.tile(share, 2)[:, None]
+            self._matrix = self.xp.asarray(matrix.astype(self.dtype))
+        return self._matrix
 
     def envelope(self, hops: np.ndarray, frames: int) -> np.ndarray:
         """Sum of the squared windows over each hop of samples, (len(hops), hop_length).
