@@ -43,10 +43,13 @@ public:
             latest_ = 0;
         }
         pending_.assign(words, 0);
-        // Clocks go on from the launch before, so every earlier stamp counts as ordered and none need be cleared.
+        // Clocks go on from the blocks before, so every earlier stamp counts as ordered and none need be cleared.
         clocks_.assign(size_t(warps) * warps, latest_);
         ++latest_;
-        for (int w = 0; w < warps; ++w) clock(w, w) = latest_;
+        for (int w = 0; w < warps; ++w) {
+            clock(w, w) = latest_;
+            ++phases_[w];
+        }
     }
 
     unsigned bytes() const { return bytes_; }
