@@ -34,9 +34,7 @@ class Qwen3:
         self.config = runner.config
 
     @classmethod
-    def load(
-        cls, folder: str | Path, device: str = "cpu", dtype: str = "float32", attention: str = "auto"
-    ) -> Qwen3:
+    def load(cls, folder: str | Path, device: str = "cpu", dtype: str = "float32", attention: str = "auto") -> Qwen3:
         """Read `config.json` and `model.safetensors` of a checkpoint folder.
 
         device: auto, cpu, cuda or cuda:N. dtype: what weights are kept in; auto takes the device's best.
@@ -106,9 +104,7 @@ class Qwen3:
         return ids.astype(np.int32)
 
 
-def _make_runner(
-    file: Any, config: ModelConfig, device: str, dtype: str, attention: str
-) -> LanguageModelRunner:
+def _make_runner(file: Any, config: ModelConfig, device: str, dtype: str, attention: str) -> LanguageModelRunner:
     from .portable.qwen3 import PortableLanguageModel
 
     chosen, reason = choose_dtype(device, dtype)
@@ -120,7 +116,9 @@ def _make_runner(
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
     )
-    logger.info("language model on %s in %s (%s); attention %s (%s)", device, chosen, reason, choice.name, choice.reason)
+    logger.info(
+        "language model on %s in %s (%s); attention %s (%s)", device, chosen, reason, choice.name, choice.reason
+    )
     return PortableLanguageModel(file, config, device, chosen, choice, f"{reason}; attention: {choice.reason}")
 
 

@@ -53,4 +53,3 @@ class VocosDecoder:
     def stream(self) -> DecoderStream:
         """A fresh state for one utterance that arrives in pieces; the pieces' samples, joined, are the whole's."""
         return self.runner.stream()
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -42,7 +44,7 @@ class Counting(LanguageModelRunner):
         assert last_only
         self.calls.append(len(cu_seqlens) - 1)
         states = []
-        for slot, (start, end) in enumerate(zip(cu_seqlens, cu_seqlens[1:], strict=False)):
+        for slot, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
             length = cache.lengths[slot]
             cache.ids[slot, length : length + end - start] = ids[start:end]
             cache.lengths[slot] += end - start
@@ -141,7 +143,9 @@ def generate_stuck(retries: int) -> tuple[Generation, Counting]:
     """Greedy attempts crawl (their states hardly move); drawn ones, whose scores differ, do not."""
 
     class Crawling(Counting):
-        def extend(self, cache: KVCache, ids: np.ndarray, cu_seqlens: np.ndarray, *, last_only: bool = False) -> np.ndarray:
+        def extend(
+            self, cache: KVCache, ids: np.ndarray, cu_seqlens: np.ndarray, *, last_only: bool = False
+        ) -> np.ndarray:
             states = super().extend(cache, ids, cu_seqlens, last_only=last_only)
             if cache.lengths[0] == 1:
                 self.attempt = getattr(self, "attempt", -1) + 1

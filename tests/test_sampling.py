@@ -57,7 +57,9 @@ def test_greedy_takes_the_lowest_id_of_a_tie() -> None:
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p() -> None:
     scores = np.log(np.array([0.1, 0.4, 0.3, 0.2]))
-    reached = {p: {draw(scores, 1.0, p, u) for u in np.linspace(0, 0.9999, 400)} for p in (0.4, 0.41, 0.7, 0.9, 0.91, 1.0)}
+    reached = {
+        p: {draw(scores, 1.0, p, u) for u in np.linspace(0, 0.9999, 400)} for p in (0.4, 0.41, 0.7, 0.9, 0.91, 1.0)
+    }
     assert reached[0.4] == {1}
     assert reached[0.41] == {1, 2}
     assert reached[0.7] == {1, 2}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_inverse_transform(device: str, frames: int, pieces: list[int]) -> None:
     xp = array_module(device)
     overlap = OverlapAdd(InverseSTFT(window, 16, xp, "float64"), 1)
     starts = np.cumsum([0, *pieces])
-    parts = [overlap.push(xp.asarray(spectrum[None, a:b])) for a, b in zip(starts, starts[1:], strict=False)]
+    parts = [overlap.push(xp.asarray(spectrum[None, a:b])) for a, b in itertools.pairwise(starts)]
     audio = np.concatenate([to_host(part)[0] for part in [*parts, overlap.finish()]])
     np.testing.assert_allclose(audio, expected, atol=1e-12)
 
