@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,73 +33,6 @@ from soprano_cupy.cuda.source import joined_source
 
 STAGES = ("copy", "products", "small", "sweep", "repeat", "time")
 failures: list[str] = []
-
-# Kernels that expose one stage each, compiled behind the real source so that they use its helpers.
-PROBES = r"""
-extern "C" __global__ void probe_copy(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                                      uint4* q_bytes, uint4* k_bytes, int head, int token, int batch, int key,
-                                      int kv_head) {
-    extern __shared__ unsigned char shared_bytes[];
-    const Shared smem(smem_address(shared_bytes));
-    if (threadIdx.x == 0) {
-        mbarrier_init(smem.q_full(), 1);
-        mbarrier_init_fence();
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        mbarrier_arrive_expect(smem.q_full(), Q_BYTES + KV_BYTES);
-        load_panels(smem.q, Q_PANEL_BYTES, &q_map, smem.q_full(), head, token, batch);
-        load_panels(smem.k, KV_PANEL_BYTES, &k_map, smem.q_full(), key, kv_head, batch);
-    }
-    mbarrier_wait(smem.q_full(), 0);
-    auto read = [](u32 address) {
-        uint4 x;
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                     : "r"(address));
-        return x;
-    };
-    for (int i = threadIdx.x; i < Q_BYTES / 16; i += blockDim.x) q_bytes[i] = read(smem.q + 16 * i);
-    for (int i = threadIdx.x; i < KV_BYTES / 16; i += blockDim.x) k_bytes[i] = read(smem.k + 16 * i);
-}
-
-// weights: (BLOCK_M, BLOCK_N) float. scores: (BLOCK_M, BLOCK_N). outputs: (BLOCK_M, HEAD_DIM).
-extern "C" __global__ void __launch_bounds__(CONSUMERS * 128, 1)
-    probe_products(const __grid_constant__ TensorMap q_map, const __grid_constant__ TensorMap k_map,
-                   const __grid_constant__ TensorMap v_map, const float* weights, float* scores, float* outputs) {
-    extern __shared__ unsigned char shared_bytes[];
-    const Shared smem(smem_address(shared_bytes));
-    if (threadIdx.x == 0) {
-        mbarrier_init(smem.q_full(), 1);
-        mbarrier_init_fence();
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        mbarrier_arrive_expect(smem.q_full(), Q_BYTES + 2 * KV_BYTES);
-        load_panels(smem.q, Q_PANEL_BYTES, &q_map, smem.q_full(), 0, 0, 0);
-        load_panels(smem.k, KV_PANEL_BYTES, &k_map, smem.q_full(), 0, 0, 0);
-        load_panels(smem.v, KV_PANEL_BYTES, &v_map, smem.q_full(), 0, 0, 0);
-    }
-    mbarrier_wait(smem.q_full(), 0);
-    const int group = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-    const int row = group * 64 + threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4;
-    const int column = 2 * (threadIdx.x % 4);
-    float s_rmem[S_REGISTERS], o_rmem[O_REGISTERS];
-    issue_scores(s_rmem, descriptor_k_major(smem.q + group * 64 * PANEL_ROW_BYTES), descriptor_k_major(smem.k));
-    wgmma_wait<0>(s_rmem);
-    for (int i = 0; i < S_REGISTERS; ++i) {
-        const int at = (row + 8 * (i / 2 % 2)) * BLOCK_N + 8 * (i / 4) + column + i % 2;
-        scores[at] = s_rmem[i];
-        s_rmem[i] = weights[at];
-    }
-    u32 p_rmem[S_REGISTERS / 2];
-    round_weights(p_rmem, s_rmem);
-    for (int i = 0; i < O_REGISTERS; ++i) o_rmem[i] = 0.0f;
-    issue_output(o_rmem, p_rmem, descriptor_n_major<KV_PANEL_BYTES>(smem.v));
-    wgmma_wait<0>(o_rmem);
-    for (int i = 0; i < O_REGISTERS; ++i)
-        outputs[(row + 8 * (i / 2 % 2)) * HEAD_DIM + 8 * (i / 4) + column + i % 2] = o_rmem[i];
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -142,7 +75,8 @@ def random_array(shape: Sequence[int], dtype: str, seed: int) -> Any:
 
 def widen(array: Any) -> np.ndarray:
     """A 16-bit GPU array as float64 on the host."""
-    return np.asarray(array.view(np.uint16).get().view(array.dtype).astype(np.float64))
+    values: np.ndarray = array.view(np.uint16).get().view(array.dtype).astype(np.float64)
+    return values
 
 
 def inputs(case: Case, seed: int = 0) -> dict[str, Any]:
@@ -204,38 +138,50 @@ def reference(case: Case, problem: Problem, rounded: Callable[[np.ndarray], np.n
 class Launch:
     """The kernel bound to one problem."""
 
-    def __init__(self, problem: Problem, blocks: int | None = None) -> None:
+    def __init__(self, problem: Problem, blocks: int | None = None, edits: Sequence[tuple[str, str]] = ()) -> None:
         import cupy as cp
 
         self.problem = problem
         facts = device_facts(problem.q.device.id)
-        reason = hopper.refusal(problem, facts.compute_capability)
-        if reason:
-            raise SystemExit(reason)
-        self.tiles = hopper.TILES[problem.head_dim]
-        self.kernel: Kernel = load(
-            hopper.SOURCE, hopper.FUNCTION, hopper.defines(problem), problem.q.device.id, specific=True
-        )
+        plan = hopper.plan(problem, facts.compute_capability, facts.multiprocessors)
+        if plan is None:
+            raise SystemExit(hopper.refusal(problem, facts.compute_capability))
+        self.plan = plan
+        if edits:  # a variant of the source, to measure
+            self.kernel = compiled(hopper.FUNCTION, problem, edits)
+        else:
+            self.kernel = load(plan.source, plan.kernel, plan.defines, problem.q.device.id, specific=True)
         self.out = cp.full(problem.q.shape, 0x7FFF, np.uint16).view(problem.q.dtype)
         self.lse = cp.full((problem.num_heads, problem.total_q), np.nan, np.float32)
         self.arguments = (pack_params(problem, self.out, lse=self.lse), *hopper.extra_arguments(problem))
-        self.blocks = min(hopper.tile_count(problem), blocks or 2**31 - 1)
+        assert isinstance(plan.grid, hopper.TileGrid)
+        tiles = plan.grid.tiles(problem.batch, problem.seqlen_q, problem.num_heads, problem.num_kv_heads)
+        self.blocks = min(tiles, blocks or tiles)
 
     def __call__(self) -> None:
-        self.kernel(
-            (self.blocks,), (self.tiles.threads,), self.arguments, self.tiles.shared_bytes(self.problem.head_dim)
-        )
+        self.kernel((self.blocks,), (self.plan.threads,), self.arguments, self.plan.shared_memory_bytes)
+
+
+def compiled(function: str, problem: Problem, edits: Sequence[tuple[str, str]] = (), extra: str = "") -> Kernel:
+    """A function of the kernel file with `edits` (old text, new text) made and `extra` text behind it."""
+    import cupy as cp
+
+    text = joined_source(hopper.SOURCE)
+    for old, new in edits:
+        if old not in text:
+            raise SystemExit(f"the kernel has no text {old!r} to replace")
+        text = text.replace(old, new)
+    binary = find_nvrtc().compile(text + extra, hopper.SOURCE, compile_options("sm_90a", hopper.defines(problem)))
+    module = cp.cuda.function.Module()
+    module.load(binary.cubin)
+    return Kernel(module, module.get_function(function))
 
 
 def probe(name: str, problem: Problem) -> Callable[..., None]:
     """A probe kernel for this problem's constants, as a function of its arguments."""
     import cupy as cp
 
-    text = joined_source(hopper.SOURCE) + PROBES
-    binary = find_nvrtc().compile(text, "hopper_check.cu", compile_options("sm_90a", hopper.defines(problem)))
-    module = cp.cuda.function.Module()
-    module.load(binary.cubin)
-    kernel = Kernel(module, module.get_function(name))
+    kernel = compiled(name, problem, extra=(Path(__file__).parent / "hopper_probes.cu").read_text())
     tiles = hopper.TILES[problem.head_dim]
 
     def launch(*arguments: Any) -> None:
@@ -252,7 +198,8 @@ def swizzled(tile: np.ndarray) -> np.ndarray:
     out = np.empty_like(chunks)
     row = np.arange(rows)[:, None]
     out[:, row, np.arange(8)[None] ^ (row & 7)] = chunks
-    return out.reshape(-1)
+    words: np.ndarray = out.reshape(-1)
+    return words
 
 
 def check_copy() -> None:
@@ -332,6 +279,12 @@ def check_case(stage: str, case: Case, blocks: int | None = None) -> None:
     report(stage, str(case) + grid, good, detail)
 
 
+def check_cases(stage: str, cases: Iterable[Case], grids: Sequence[int | None]) -> None:
+    for case in cases:
+        for blocks in grids:
+            check_case(stage, case, blocks)
+
+
 def small_cases() -> Iterator[Case]:
     yield Case(tokens=32, keys=128, causal=False)  # one tile, one block
     yield Case(tokens=32, keys=32, causal=True)  # one partial block
@@ -402,12 +355,12 @@ def microseconds(launch: Callable[[], None], repeats: int) -> float:
     return float(np.median(times[2:]))
 
 
-def time_case(case: Case, blocks: int | None, label: str) -> None:
-    launch = Launch(kernel_ready(check(**inputs(case))), blocks)
+def time_case(case: Case, blocks: int | None, label: str = "", edits: Sequence[tuple[str, str]] = ()) -> None:
+    launch = Launch(kernel_ready(check(**inputs(case))), blocks, edits)
     flops = 4 * case.batch * case.heads * case.tokens * case.keys * case.head_dim / (2 if case.causal else 1)
-    repeats = max(2, min(40, int(2e12 / 5e2 / flops * 20)))
+    repeats = max(2, min(40, int(5e12 / flops)))
     us = microseconds(launch, repeats)
-    print(f"time      {case} {label} grid {launch.blocks}: {us:.1f} us, {flops / us / 1e6:.0f} TFLOP/s", flush=True)
+    print(f"time      {case} grid {launch.blocks} {label}: {us:.1f} us, {flops / us / 1e6:.0f} TFLOP/s", flush=True)
 
 
 def run_times(tune: bool) -> None:
@@ -415,28 +368,38 @@ def run_times(tune: bool) -> None:
     sms = device_facts(0).multiprocessors
     for batch, tokens in shapes:
         for blocks in (None, sms):
-            time_case(Case(batch=batch, tokens=tokens, keys=tokens), blocks, "default")
-    time_case(Case(tokens=16384, keys=16384, causal=False), None, "default")
-    time_case(Case(tokens=16384, keys=16384, causal=False), sms, "default")
-    time_case(Case(tokens=16384, keys=16384, head_dim=64), sms, "default")
-    time_case(Case(tokens=16384, keys=16384, dtype="float16"), sms, "default")
-    if tune:
-        tune_tiles(sms)
-
-
-def tune_tiles(sms: int) -> None:
-    """The same shapes with other tiles."""
-    kept = dict(hopper.TILES)
-    for dim, tiles in (
-        (128, hopper.Tiles(2, 3, 232, 40)),
-        (64, hopper.Tiles(2, 3, 232, 40)),
-        (64, hopper.Tiles(2, 4, 232, 40)),
-        (64, hopper.Tiles(3, 2, 160, 32)),
-        (64, hopper.Tiles(3, 3, 160, 32)),
+            time_case(Case(batch=batch, tokens=tokens, keys=tokens), blocks)
+    for case in (
+        Case(tokens=16384, keys=16384, causal=False),
+        Case(tokens=16384, keys=16384, head_dim=64),
+        Case(tokens=16384, keys=16384, dtype="float16"),
+        Case(tokens=8192, keys=8192, heads=16, kv_heads=16),
     ):
-        hopper.TILES[dim] = tiles
-        for blocks in (None, sms):
-            time_case(Case(tokens=16384, keys=16384, head_dim=dim), blocks, str(tiles))
+        time_case(case, sms)
+    if tune:
+        tune_variants(sms)
+
+
+def tune_variants(sms: int) -> None:
+    """Other tiles, and the kernel with one idea taken out."""
+    kept = dict(hopper.TILES)
+    tiles = hopper.Tiles
+    no_turns = (("TAKE_TURNS = CONSUMERS > 1", "TAKE_TURNS = false"),)
+    no_exponentials = (("exp2_fast(fmaf(s[", "(fmaf(s["),)  # wrong results: what the exponentials cost
+    for dim, variant, edits, label in (
+        (128, tiles(2, 2, 232, 40, 0), (), "threshold 0"),
+        (128, tiles(2, 2, 232, 40, 8), no_turns, "no turns"),
+        (128, tiles(2, 3, 232, 40, 8), (), "3 stages"),
+        (128, tiles(2, 2, 232, 40, 8), no_exponentials, "no exponentials"),
+        (64, tiles(2, 2, 232, 40, 0), (), "threshold 0"),
+        (64, tiles(2, 2, 232, 40, 8), no_turns, "no turns"),
+        (64, tiles(2, 4, 232, 40, 8), (), "4 stages"),
+        (64, tiles(3, 2, 160, 32, 8), (), "3 consumers"),
+        (64, tiles(3, 2, 160, 32, 8), no_turns, "3 consumers, no turns"),
+    ):
+        hopper.TILES[dim] = variant
+        for tokens in (4096, 16384):
+            time_case(Case(tokens=tokens, keys=tokens, head_dim=dim), sms, label, edits)
         hopper.TILES.update(kept)
 
 
@@ -450,8 +413,8 @@ def main() -> int:
     checks: dict[str, Callable[[], None]] = {
         "copy": check_copy,
         "products": check_products,
-        "small": lambda: [check_case("small", case) for case in small_cases()] and None,
-        "sweep": lambda: [check_case("sweep", c, b) for c in sweep_cases() for b in (None, 3)] and None,
+        "small": lambda: check_cases("small", small_cases(), (None,)),
+        "sweep": lambda: check_cases("sweep", sweep_cases(), (None, 3)),  # also 3 persistent blocks
         "repeat": check_repeat,
         "time": lambda: run_times(options.tune),
     }

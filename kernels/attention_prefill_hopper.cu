@@ -7,104 +7,16 @@
 // (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2).
 //
 // Compile-time: HEAD_DIM 64 or 128, GROUP (divides BLOCK_M), CAUSAL 0 or 1, DTYPE_BF16 or DTYPE_FP16,
-// CONSUMERS (warpgroups), STAGES (of the K and V rings), CONSUMER_REGISTERS, PRODUCER_REGISTERS.
+// CONSUMERS (warpgroups), STAGES (of the K and V rings), CONSUMER_REGISTERS, PRODUCER_REGISTERS, RESCALE_THRESHOLD.
 // Launch: (CONSUMERS + 1) * 128 threads. A grid of all tiles runs one tile per block, longest first; a smaller grid
 // runs persistent blocks that walk the tiles back and forth.
 #include "attention_params.cuh"
 #include "hopper.cuh"
-
-constexpr int BLOCK_M = 64 * CONSUMERS;  // query rows of a tile
-constexpr int BLOCK_N = 128;             // keys of a block
-constexpr int TOKENS = BLOCK_M / GROUP;  // query tokens of a tile
-constexpr int PANELS = HEAD_DIM / PANEL_COLUMNS;
-constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;
-constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / 32;
-static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "wgmma tiles are written for head_dim 64 and 128");
-static_assert(BLOCK_M % GROUP == 0, "a tile holds whole tokens");
-
-constexpr u32 Q_PANEL_BYTES = BLOCK_M * PANEL_ROW_BYTES;
-constexpr u32 KV_PANEL_BYTES = BLOCK_N * PANEL_ROW_BYTES;
-constexpr u32 Q_BYTES = PANELS * Q_PANEL_BYTES;
-constexpr u32 KV_BYTES = PANELS * KV_PANEL_BYTES;
+#include "hopper_tiles.cuh"
 
 constexpr int S_REGISTERS = BLOCK_N / 2;   // float32 scores of a thread: 64 rows * BLOCK_N / 128 threads
 constexpr int O_REGISTERS = HEAD_DIM / 2;  // float32 outputs of a thread
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
-
-// Shared memory, from a multiple of 1024 bytes: Q, the K ring, the V ring, the barriers.
-struct Shared {
-    u32 q, k, v, barriers;
-
-    __device__ explicit Shared(u32 base) {
-        q = (base + 1023) & ~1023u;
-        k = q + Q_BYTES;
-        v = k + STAGES * KV_BYTES;
-        barriers = v + STAGES * KV_BYTES;
-    }
-    __device__ u32 q_full() const { return barriers; }
-    __device__ u32 q_empty() const { return barriers + 8; }
-    __device__ u32 v_landing() const { return barriers + 16; }
-    __device__ u32 k_full(int stage) const { return barriers + 24 + 8 * stage; }
-    __device__ u32 k_empty(int stage) const { return barriers + 24 + 8 * (STAGES + stage); }
-    __device__ u32 v_full(int stage) const { return barriers + 24 + 8 * (2 * STAGES + stage); }
-    __device__ u32 v_empty(int stage) const { return barriers + 24 + 8 * (3 * STAGES + stage); }
-};
-
-// A place in a ring and the parity to wait for there.
-struct Slot {
-    int stage = 0;
-    u32 parity;
-
-    __device__ explicit Slot(u32 first_parity) : parity(first_parity) {}
-    __device__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-};
-
-// One tile of query rows of one sequence and KV head, and the key blocks that it meets.
-struct Tile {
-    int batch, kv_head;
-    int first_token;     // of the tile, in its sequence
-    int q_begin, q_len;  // first row of the packed queries (0: dense) and tokens of the sequence
-    int k_begin, k_len;  // the same for keys
-    int blocks;          // key blocks that some row sees
-    int unmasked;        // of these, the first so many are seen whole by every row
-
-    __device__ Tile(const AttentionParams& p, int index) {
-        const int per_rank = p.num_kv_heads * p.batch;
-        const int ranks = (p.seqlen_q + TOKENS - 1) / TOKENS;
-        first_token = (ranks - 1 - index / per_rank) * TOKENS;  // the last tokens see the most keys: longest first
-        const int sequence_head = index % per_rank;
-        batch = sequence_head / p.num_kv_heads;
-        kv_head = sequence_head % p.num_kv_heads;
-        q_begin = p.cu_seqlens_q ? p.cu_seqlens_q[batch] : 0;
-        q_len = p.cu_seqlens_q ? p.cu_seqlens_q[batch + 1] - q_begin : p.seqlen_q;
-        k_begin = p.cu_seqlens_k ? p.cu_seqlens_k[batch] : 0;
-        k_len = p.cu_seqlens_k ? p.cu_seqlens_k[batch + 1] - k_begin : p.seqlen_k;
-        if (p.kv_lengths) k_len = min(k_len, max(p.kv_lengths[batch], 0));
-        const int last_token = min(first_token + TOKENS, q_len) - 1;
-        blocks = last_token < first_token ? 0 : (visible_keys(last_token) + BLOCK_N - 1) / BLOCK_N;
-        unmasked = visible_keys(first_token) / BLOCK_N;
-    }
-    // Keys that a query token sees, bottom-right aligned: those before this one.
-    __device__ int visible_keys(int token) const {
-        return CAUSAL ? max(min(k_len - q_len + token + 1, k_len), 0) : k_len;
-    }
-};
-
-__device__ __forceinline__ int tile_count(const AttentionParams& p) {
-    return (p.seqlen_q + TOKENS - 1) / TOKENS * p.num_kv_heads * p.batch;
-}
-
-// The tile of a block's n-th turn: rows of gridDim.x tiles, every second row backwards, which evens out the
-// falling sizes. With as many blocks as tiles every block has one turn.
-__device__ __forceinline__ int tile_of_turn(int turn) {
-    const int column = turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    return turn * gridDim.x + column;
-}
 
 // ---- producer: one warp keeps Q and the rings of K and V filled ----
 
@@ -194,9 +106,11 @@ struct Flag {
 };
 
 // The online softmax of the two rows that a thread shares with the other three lanes of its quad. `sum` covers this
-// lane's columns only; the quad's sums are added once, at the end.
+// lane's columns only; the quad's sums are added once, at the end. `top` may lag behind the largest score by
+// RESCALE_THRESHOLD in the exponent: weights then reach 2^RESCALE_THRESHOLD, with the same relative precision, and
+// the outputs need no correction (FlashAttention-4).
 struct Softmax {
-    float top[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};  // largest score so far
+    float top[2] = {NEGATIVE_INFINITY, NEGATIVE_INFINITY};  // the score that weighs 1
     float sum[2] = {0.0f, 0.0f};
 
     // S becomes exp2(scale * (S - top)); `correction` brings earlier sums and outputs to the new top.
@@ -212,9 +126,11 @@ struct Softmax {
             float now = fmaxf(even, odd);
             now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 1));
             now = fmaxf(now, __shfl_xor_sync(0xffffffffu, now, 2));
+            if (RESCALE_THRESHOLD > 0 && (now - top[i]) * scale_log2 <= RESCALE_THRESHOLD) now = top[i];
             // A row that has seen no key yet: any finite base gives exp2(-inf) = 0 below.
-            const float base = now == NEGATIVE_INFINITY ? 0.0f : now * scale_log2;
-            correction[i] = exp2_fast(fmaf(top[i], scale_log2, -base));
+            const float base = now == NEGATIVE_INFINITY ? 0.0f : __fmul_rn(now, scale_log2);
+            // Rounded like `base`, not fused: an unchanged top corrects by exactly 1.
+            correction[i] = exp2_fast(__fmul_rn(top[i], scale_log2) - base);
             top[i] = now;
             float sum_even = 0.0f, sum_odd = 0.0f;
 #pragma unroll
@@ -340,7 +256,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Shared s
     const u64 v_ring = descriptor_n_major<KV_PANEL_BYTES>(smem.v);
     Slot k_slot(0), v_slot(0);
     u32 q_parity = 0;
-    if (CONSUMERS > 1 && group == CONSUMERS - 1) named_barrier_arrive(1, 2 * WARPGROUP);  // the first goes first
+    if (TAKE_TURNS && group == CONSUMERS - 1) named_barrier_arrive(1, 2 * WARPGROUP);  // the first goes first
 
 #pragma unroll 1
     for (int turn = 0, index; (index = tile_of_turn(turn)) < tiles; ++turn) {
@@ -373,11 +289,11 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Shared s
 
             // S of this block and O += P V of the one before it run together
             auto step = [&](auto masked) {
-                if (CONSUMERS > 1) named_barrier_sync(turn_here, 2 * WARPGROUP);  // this warpgroup's turn to issue
+                if (TAKE_TURNS) named_barrier_sync(turn_here, 2 * WARPGROUP);  // this warpgroup's turn to issue
                 issue_scores(s_rmem, q_tile, k_ring + k_slot.stage * (KV_BYTES >> 4));
                 mbarrier_wait(smem.v_full(v_slot.stage), v_slot.parity);
                 issue_output(o_rmem, p_rmem, v_ring + v_slot.stage * (KV_BYTES >> 4));
-                if (CONSUMERS > 1) named_barrier_arrive(turn_next, 2 * WARPGROUP);
+                if (TAKE_TURNS) named_barrier_arrive(turn_next, 2 * WARPGROUP);
                 wgmma_wait<1>(s_rmem);
                 if (leader) mbarrier_arrive(smem.k_empty(k_slot.stage));
                 k_slot.advance();
@@ -389,8 +305,11 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Shared s
                 if (leader) mbarrier_arrive(smem.v_empty(v_slot.stage));
                 v_slot.advance();
                 round_weights(p_rmem, s_rmem);
+                // A warp whose rows all keep their top has nothing to correct.
+                if (RESCALE_THRESHOLD == 0 || __any_sync(0xffffffffu, correction[0] != 1.0f || correction[1] != 1.0f)) {
 #pragma unroll
-                for (int i = 0; i < O_REGISTERS; ++i) o_rmem[i] *= correction[i / 2 % 2];
+                    for (int i = 0; i < O_REGISTERS; ++i) o_rmem[i] *= correction[i / 2 % 2];
+                }
             };
 #pragma unroll 1
             for (--block; block >= tile.unmasked; --block) step(Flag<true>{});

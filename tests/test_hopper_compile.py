@@ -218,10 +218,28 @@ def test_serves_groups_that_fill_a_tile():
     assert served == [1, 2, 4, 8, 16, 32, 64, 128]
 
 
-def test_tile_count_covers_every_row():
-    assert hopper.tile_count(problem()) == 10 * 2  # 300 tokens of 4 heads in tiles of 32 tokens, 2 sequences
-    assert hopper.tile_count(problem(seqlen_q=1)) == 2
-    assert hopper.tile_count(problem(num_heads=8, num_kv_heads=8, seqlen_q=129)) == 2 * 8 * 2
+@pytest.mark.parametrize(
+    ("sizes", "blocks"),
+    [
+        ({}, 10 * 2),  # 300 tokens of 4 heads in tiles of 32 tokens, 2 sequences
+        ({"seqlen_q": 1}, 2),
+        ({"num_heads": 8, "num_kv_heads": 8, "seqlen_q": 129}, 2 * 8 * 2),
+        ({"seqlen_q": 16384}, 132),  # 1,024 tiles on persistent blocks
+    ],
+)
+def test_the_grid_covers_every_row(sizes, blocks):
+    call = problem(**sizes)
+    plan = hopper.plan(call, 90, 132)
+    assert (plan.source, plan.kernel, plan.threads) == (hopper.SOURCE, hopper.FUNCTION, 384)
+    assert plan.defines == hopper.defines(call)
+    assert plan.shared_memory_bytes == hopper.TILES[128].shared_bytes(128)
+    sizes = {name: getattr(call, name) for name in ("batch", "seqlen_q", "num_heads", "num_kv_heads")}
+    assert plan.grid(**sizes) == (blocks, 1, 1)
+
+
+def test_no_plan_where_it_refuses():
+    assert hopper.plan(problem(dtype="float32"), 90, 132) is None
+    assert hopper.plan(problem(), 89, 132) is None
 
 
 def device_array(shape: tuple[int, ...], strides: tuple[int, ...], address: int = 4096) -> SimpleNamespace:

@@ -14,6 +14,7 @@ from functools import cache, lru_cache
 import numpy as np
 
 from ..errors import DeviceError
+from .launch import LaunchPlan
 from .problem import Array, Problem
 
 SOURCE = "attention_prefill_hopper.cu"
@@ -40,6 +41,7 @@ class Tiles:
     stages: int  # places in the rings of K and of V
     consumer_registers: int
     producer_registers: int
+    rescale_threshold: int  # the outputs follow a new row maximum once it is this much larger, as a power of two
 
     @property
     def rows(self) -> int:
@@ -59,7 +61,7 @@ class Tiles:
 
 # Two warpgroups of 64 rows leave 232 registers for O (64), S (64) and P (32) at head_dim 128; more rows would not
 # fit. Two stages of K and V let the next block load while this one is used.
-TILES = {128: Tiles(2, 2, 232, 40), 64: Tiles(2, 2, 232, 40)}
+TILES = {128: Tiles(2, 2, 232, 40, 8), 64: Tiles(2, 2, 232, 40, 8)}
 
 
 def refusal(problem: Problem, compute_capability: int) -> str | None:
@@ -88,13 +90,40 @@ def defines(problem: Problem) -> tuple[tuple[str, int], ...]:
         ("STAGES", tiles.stages),
         ("CONSUMER_REGISTERS", tiles.consumer_registers),
         ("PRODUCER_REGISTERS", tiles.producer_registers),
+        ("RESCALE_THRESHOLD", tiles.rescale_threshold),
     )
 
 
-def tile_count(problem: Problem) -> int:
-    """Tiles of query rows over all sequences and KV heads, those past a short sequence's end included."""
-    tokens = TILES[problem.head_dim].rows // problem.group
-    return -(-problem.seqlen_q // tokens) * problem.num_kv_heads * problem.batch
+def plan(problem: Problem, compute_capability: int, multiprocessors: int) -> LaunchPlan | None:
+    """How to launch the kernel for this call; None where `refusal` names a reason."""
+    if refusal(problem, compute_capability) is not None:
+        return None
+    tiles = TILES[problem.head_dim]
+    return LaunchPlan(
+        source=SOURCE,
+        kernel=FUNCTION,
+        defines=defines(problem),
+        threads=tiles.threads,
+        shared_memory_bytes=tiles.shared_bytes(problem.head_dim),
+        grid=TileGrid(tiles.rows, multiprocessors),
+        description=f"Hopper prefill, wgmma {tiles.rows}x{BLOCK_KEYS} tiles, {tiles.consumers} computing warpgroups",
+    )
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """One persistent block on each multiprocessor, or fewer when there are fewer tiles."""
+
+    rows: int  # query rows of a tile
+    multiprocessors: int
+
+    def __call__(self, *, batch: int, seqlen_q: int, num_heads: int, num_kv_heads: int) -> tuple[int, int, int]:
+        return (min(self.tiles(batch, seqlen_q, num_heads, num_kv_heads), self.multiprocessors), 1, 1)
+
+    def tiles(self, batch: int, seqlen_q: int, num_heads: int, num_kv_heads: int) -> int:
+        """Tiles over all sequences and KV heads, those past a short sequence's end included."""
+        tokens = self.rows // (num_heads // num_kv_heads)
+        return -(-seqlen_q // tokens) * num_kv_heads * batch
 
 
 def extra_arguments(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
