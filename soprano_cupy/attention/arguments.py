@@ -185,7 +185,7 @@ def _integers(name: str, values: Array, device: str) -> Array:
         raise ParameterError(f"{name} is on {place} and q on {device}; move it there, or pass a NumPy array")
     if values.dtype.kind not in "iu" or values.ndim != 1:
         raise ParameterError(f"{name} must hold integers on one axis, not {values.dtype.name} of shape {values.shape}")
-    if place == "cpu" and device != "cpu" and _capturing():
+    if place == "cpu" and device != "cpu" and capturing():
         raise ParameterError(f"{name} must be on {device} while a CUDA graph is captured")
     return values
 
@@ -193,17 +193,17 @@ def _integers(name: str, values: Array, device: str) -> Array:
 def _host(values: Array) -> np.ndarray | None:
     """The values as int64 on the host; None when a graph capture forbids reading them."""
     if not isinstance(values, np.ndarray):
-        if _capturing():
+        if capturing():
             return None
         values = values.get()
     return np.asarray(values.astype(np.int64))
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
     """Whether CuPy's current stream records a CUDA graph."""
     import cupy
 
-    return bool(cupy.cuda.get_current_stream().is_capturing())
+    return bool(cupy.cuda.get_current_stream().iscapturing())
 
 
 def _flag(name: str, value: bool) -> bool:

@@ -35,12 +35,16 @@ def standard_attention(
     Works for float16, bfloat16, float32 and float64, any head_dim, on NumPy and CuPy arrays. On NumPy a
     sequence's result does not depend on its neighbours in the batch.
     """
-    problem = check(q, k, v, causal=causal, scale=scale, kv_lengths=kv_lengths, cu_seqlens=cu_seqlens)
+    return run(check(q, k, v, causal=causal, scale=scale, kv_lengths=kv_lengths, cu_seqlens=cu_seqlens))
+
+
+def run(problem: Problem) -> Array:
+    """`standard_attention` for arguments that are checked."""
     if problem.device == "cpu":
         return _each_sequence(problem, np)
     import cupy
 
-    with cupy.cuda.Device(q.device.id):
+    with cupy.cuda.Device(problem.q.device.id):
         if problem.form != "packed" and problem.total_q == problem.batch * problem.seqlen_q:
             return _whole_batch(problem, cupy)
         return _each_sequence(problem, cupy)
