@@ -41,11 +41,11 @@ class Weights:
         self.embeddings = self._matrices(("model.embed_tokens", vocab, hidden))
         self.layers = [self._layer(f"model.layers.{i}.") for i in range(config.num_layers)]
         self.norm = self._norm("model.norm", hidden)
-        self.head = self.embeddings
-        if not config.tie_embeddings:
+        if config.tie_embeddings:
+            self.head = self.embeddings
+            file.discard("lm_head.weight")  # some files store the tied matrix a second time
+        else:
             self.head = self._matrices(("lm_head", vocab, hidden))
-        elif "lm_head.weight" in file:  # a tied head may be stored all the same
-            file.pop("lm_head.weight", (vocab, hidden), "float16")
         file.finish()
 
     def _layer(self, prefix: str) -> Layer:
