@@ -1,12 +1,13 @@
 """Step-by-step check of the Hopper prefill kernel on a GPU of compute capability 9.0, then its times.
 
-    python benchmarks/hopper_check.py [--only copy,products,small,sweep,repeat,time] [--tune]
+    python benchmarks/hopper_check.py [--only copy,products,small,sweep,split,repeat,time] [--tune]
 
 Each stage prints one line per case and rests on those before it, so the first FAIL says what is wrong:
   copy      tensor maps, the swizzle in shared memory and zero fill, byte for byte
   products  S = Q K^T (both operands in shared memory) and O = P V (P in registers, V transposed), one tile
   small     the whole kernel on a few tiles, error against float64
   sweep     shapes, groups, masks, dtypes, ragged batches, NaN beyond the keys in use
+  split     the same with 2 and 4 blocks to a tile, merged through the cluster's shared memory
   repeat    many launches, bit-identical
   time      microseconds and TFLOP/s; --tune also tries other tiles and grids
 """
@@ -17,6 +18,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from soprano_cupy.cuda.compiler import compile_options, find_nvrtc
 from soprano_cupy.cuda.module import Kernel, device_facts, load
 from soprano_cupy.cuda.source import joined_source
 
-STAGES = ("copy", "products", "small", "sweep", "repeat", "time")
+STAGES = ("copy", "products", "small", "sweep", "split", "repeat", "time")
 failures: list[str] = []
 
 
@@ -120,14 +122,14 @@ def reference(case: Case, problem: Problem, rounded: Callable[[np.ndarray], np.n
     at = 0
     for rows, keys in sequences(case, problem):
         qs, ks, vs = q[rows], np.repeat(k[keys], problem.group, 1), np.repeat(v[keys], problem.group, 1)
-        s = np.einsum("shd,lhd->hsl", qs, ks) * problem.scale
+        s = qs.transpose(1, 0, 2) @ ks.transpose(1, 2, 0) * problem.scale  # (heads, queries, keys)
         if case.causal:
             hidden = np.arange(len(ks)) > np.arange(len(qs))[:, None] + len(ks) - len(qs)
             s[:, hidden] = -np.inf
         top = np.maximum(s.max(-1, keepdims=True), -1e300)
         p = np.exp(s - top)
         total = p.sum(-1, keepdims=True)
-        mixed = np.einsum("hsl,lhd->hsd", rounded(p), vs) / np.where(total == 0, 1, total)
+        mixed = rounded(p) @ vs.transpose(1, 0, 2) / np.where(total == 0, 1, total)
         out[rows] = rounded(mixed.transpose(1, 0, 2))
         with np.errstate(divide="ignore"):
             lse[:, at : at + len(qs)] = (top + np.log(total))[..., 0]
@@ -135,15 +137,27 @@ def reference(case: Case, problem: Problem, rounded: Callable[[np.ndarray], np.n
     return out, lse
 
 
+@lru_cache(maxsize=1)
+def expected(case: Case) -> tuple[Problem, np.ndarray, np.ndarray, np.ndarray]:
+    """The problem; output and log-sum-exp in float64; output with weights and output rounded to 16 bits."""
+    problem = kernel_ready(check(**inputs(case)))
+    want, want_lse = reference(case, problem, lambda x: x)
+    kind = problem.q.dtype
+    plain, _ = reference(case, problem, lambda x: x.astype(np.float32).astype(kind).astype(np.float64))
+    return problem, want, want_lse, plain
+
+
 class Launch:
     """The kernel bound to one problem."""
 
-    def __init__(self, problem: Problem, blocks: int | None = None, edits: Sequence[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self, problem: Problem, blocks: int | None = None, splits: int = 1, edits: Sequence[tuple[str, str]] = ()
+    ) -> None:
         import cupy as cp
 
         self.problem = problem
         facts = device_facts(problem.q.device.id)
-        plan = hopper.plan(problem, facts.compute_capability, facts.multiprocessors)
+        plan = hopper.plan(problem, facts.compute_capability, facts.multiprocessors, splits=splits)
         if plan is None:
             raise SystemExit(hopper.refusal(problem, facts.compute_capability))
         self.plan = plan
@@ -156,7 +170,7 @@ class Launch:
         self.arguments = (pack_params(problem, self.out, lse=self.lse), *hopper.extra_arguments(problem))
         assert isinstance(plan.grid, hopper.TileGrid)
         tiles = plan.grid.tiles(problem.batch, problem.seqlen_q, problem.num_heads, problem.num_kv_heads)
-        self.blocks = min(tiles, blocks or tiles)
+        self.blocks = min(tiles, blocks or tiles) if splits == 1 else tiles * splits
 
     def __call__(self) -> None:
         self.kernel((self.blocks,), (self.plan.threads,), self.arguments, self.plan.shared_memory_bytes)
@@ -252,17 +266,14 @@ def check_products() -> None:
                    f"max error {error.max():.2e} at {tuple(map(int, worst))}, wrong {share:.1%}")  # fmt: skip
 
 
-def check_case(stage: str, case: Case, blocks: int | None = None) -> None:
+def check_case(stage: str, case: Case, blocks: int | None = None, splits: int = 1) -> None:
     """Error against float64 at most twice that of the same sums with weights and output rounded to 16 bits."""
     import cupy as cp
 
-    problem = kernel_ready(check(**inputs(case)))
-    launch = Launch(problem, blocks)
+    problem, want, want_lse, plain = expected(case)
+    launch = Launch(problem, blocks, splits)
     launch()
     cp.cuda.get_current_stream().synchronize()
-    kind = problem.q.dtype
-    want, want_lse = reference(case, problem, lambda x: x)
-    plain, _ = reference(case, problem, lambda x: x.astype(np.float32).astype(kind).astype(np.float64))
     got, lse = widen(launch.out), launch.lse.get().astype(np.float64)
     error, allowed = np.abs(got - want), np.abs(plain - want)
     finite = np.isfinite(want_lse)
@@ -270,7 +281,7 @@ def check_case(stage: str, case: Case, blocks: int | None = None) -> None:
     same_empty = bool(np.array_equal(np.isneginf(lse), ~finite))
     top, mean = error.max() / max(allowed.max(), 1e-9), error.mean() / max(allowed.mean(), 1e-12)
     good = bool(top <= 2 and mean <= 1.5 and lse_error < 1e-4 and same_empty)
-    grid = "" if blocks is None else f" grid {blocks}"
+    grid = ("" if blocks is None else f" grid {blocks}") + ("" if splits == 1 else f" splits {splits}")
     detail = f"max {error.max():.2e} = {top:.2f} x plain, mean {mean:.2f} x, lse {lse_error:.1e}"
     if not good:
         bad = ~(error <= 2 * allowed.max())
@@ -279,10 +290,12 @@ def check_case(stage: str, case: Case, blocks: int | None = None) -> None:
     report(stage, str(case) + grid, good, detail)
 
 
-def check_cases(stage: str, cases: Iterable[Case], grids: Sequence[int | None]) -> None:
+def check_cases(stage: str, cases: Iterable[Case], grids: Sequence[tuple[int | None, int]]) -> None:
+    """Every case on every (blocks, splits)."""
     for case in cases:
-        for blocks in grids:
-            check_case(stage, case, blocks)
+        for blocks, splits in grids:
+            if case.head_dim % (32 * splits) == 0:
+                check_case(stage, case, blocks, splits)
 
 
 def small_cases() -> Iterator[Case]:
@@ -318,8 +331,9 @@ def sweep_cases() -> Iterator[Case]:
 def check_repeat() -> None:
     import cupy as cp
 
-    for case, blocks in ((Case(batch=4, tokens=1500, keys=1500), None), (Case(batch=4, tokens=1500, keys=1500), 132)):
-        launch = Launch(kernel_ready(check(**inputs(case))), blocks)
+    case = Case(batch=4, tokens=1500, keys=1500)
+    for blocks, splits in ((None, 1), (132, 1), (None, 2), (None, 4)):
+        launch = Launch(kernel_ready(check(**inputs(case))), blocks, splits)
         launch()
         first, first_lse = launch.out.view(np.uint16).copy(), launch.lse.copy()
         different = 0
@@ -355,8 +369,10 @@ def microseconds(launch: Callable[[], None], repeats: int) -> float:
     return float(np.median(times[2:]))
 
 
-def time_case(case: Case, blocks: int | None, label: str = "", edits: Sequence[tuple[str, str]] = ()) -> None:
-    launch = Launch(kernel_ready(check(**inputs(case))), blocks, edits)
+def time_case(
+    case: Case, blocks: int | None, label: str = "", splits: int = 1, edits: Sequence[tuple[str, str]] = ()
+) -> None:
+    launch = Launch(kernel_ready(check(**inputs(case))), blocks, splits, edits)
     flops = 4 * case.batch * case.heads * case.tokens * case.keys * case.head_dim / (2 if case.causal else 1)
     repeats = max(2, min(40, int(5e12 / flops)))
     us = microseconds(launch, repeats)
@@ -367,8 +383,11 @@ def run_times(tune: bool) -> None:
     shapes = [(8, 1024), (1, 1024), (1, 2048), (1, 4096), (1, 8192), (1, 16384)]
     sms = device_facts(0).multiprocessors
     for batch, tokens in shapes:
-        for blocks in (None, sms):
-            time_case(Case(batch=batch, tokens=tokens, keys=tokens), blocks)
+        case = Case(batch=batch, tokens=tokens, keys=tokens)
+        time_case(case, None, "one tile a block")
+        time_case(case, sms, "persistent")
+        for splits in (2, 4) if batch * tokens <= 8192 else ():
+            time_case(case, None, f"splits {splits}", splits)
     for case in (
         Case(tokens=16384, keys=16384, causal=False),
         Case(tokens=16384, keys=16384, head_dim=64),
@@ -399,7 +418,7 @@ def tune_variants(sms: int) -> None:
     ):
         hopper.TILES[dim] = variant
         for tokens in (4096, 16384):
-            time_case(Case(tokens=tokens, keys=tokens, head_dim=dim), sms, label, edits)
+            time_case(Case(tokens=tokens, keys=tokens, head_dim=dim), sms, label, 1, edits)
         hopper.TILES.update(kept)
 
 
@@ -413,8 +432,9 @@ def main() -> int:
     checks: dict[str, Callable[[], None]] = {
         "copy": check_copy,
         "products": check_products,
-        "small": lambda: check_cases("small", small_cases(), (None,)),
-        "sweep": lambda: check_cases("sweep", sweep_cases(), (None, 3)),  # also 3 persistent blocks
+        "small": lambda: check_cases("small", small_cases(), ((None, 1),)),
+        "sweep": lambda: check_cases("sweep", sweep_cases(), ((None, 1), (3, 1))),  # also 3 persistent blocks
+        "split": lambda: check_cases("split", (*small_cases(), *sweep_cases()), ((None, 2), (None, 4))),
         "repeat": check_repeat,
         "time": lambda: run_times(options.tune),
     }

@@ -7,9 +7,10 @@
 // (FlashAttention-3, arXiv 2407.08608, sections 3.1 and 3.2).
 //
 // Compile-time: HEAD_DIM 64 or 128, GROUP (divides BLOCK_M), CAUSAL 0 or 1, DTYPE_BF16 or DTYPE_FP16,
-// CONSUMERS (warpgroups), STAGES (of the K and V rings), CONSUMER_REGISTERS, PRODUCER_REGISTERS, RESCALE_THRESHOLD.
+// CONSUMERS (warpgroups), STAGES (of the K and V rings), CONSUMER_REGISTERS, PRODUCER_REGISTERS, RESCALE_THRESHOLD,
+// SPLITS (blocks of a cluster that divide the keys of one tile and merge their results in shared memory).
 // Launch: (CONSUMERS + 1) * 128 threads. A grid of all tiles runs one tile per block, longest first; a smaller grid
-// runs persistent blocks that walk the tiles back and forth.
+// runs persistent blocks that walk the tiles back and forth. With SPLITS > 1: SPLITS blocks for every tile.
 #include "attention_params.cuh"
 #include "hopper.cuh"
 #include "hopper_tiles.cuh"
@@ -50,7 +51,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Shared s
 #pragma unroll 1
     for (int turn = 0, index; (index = tile_of_turn(turn)) < tiles; ++turn) {
         const Tile tile(p, index);
-        if (tile.blocks == 0) continue;
+        if (tile.begin == tile.end) continue;
         const int k_batch = p.cu_seqlens_k ? 0 : tile.batch;
 
         auto load_k = [&](int block) {
@@ -63,7 +64,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Shared s
             }
             k_slot.advance();
         };
-        load_k(tile.blocks - 1);
+        load_k(tile.end - 1);
         mbarrier_wait(smem.q_empty(), q_parity);
         q_parity ^= 1;
         if (leader) {
@@ -72,8 +73,8 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Shared s
                         tile.q_begin + tile.first_token, p.cu_seqlens_q ? 0 : tile.batch);
         }
 #pragma unroll 1
-        for (int block = tile.blocks - 1; block >= 0; --block) {
-            if (block > 0) load_k(block - 1);
+        for (int block = tile.end - 1; block >= tile.begin; --block) {
+            if (block > tile.begin) load_k(block - 1);
             mbarrier_wait(smem.v_empty(v_slot.stage), v_slot.parity);
             const u32 v_tile = smem.v + v_slot.stage * KV_BYTES;
             const int rows = tile.k_len - block * BLOCK_N;  // rows of the tile that hold this sequence's keys
@@ -205,9 +206,59 @@ __device__ __forceinline__ void transpose_quad(u32 (&words)[4]) {
     }
 }
 
-// O / sum to global memory, 16 bytes a lane, and the log-sum-exp.
-__device__ __forceinline__ void store(const AttentionParams& p, const Tile& tile, int first_row,
-                                      const float (&o)[O_REGISTERS], Softmax& softmax) {
+// The blocks of a cluster hold the same rows over different keys. Each takes a part of the columns and sums them
+// over the blocks in the order of their ranks. Slot r of the receiving block, in place of the K and V rings, is
+// block r's part: value i of all consumer threads, then value i + 1; the threads hold the same rows in every block.
+__device__ __forceinline__ void merge(const Shared smem, u32 rank, float scale_log2, const float (&o)[O_REGISTERS],
+                                      float (&part)[O_REGISTERS / SPLITS], Softmax& softmax) {
+    constexpr int PART = O_REGISTERS / SPLITS;
+    constexpr u32 VALUE_BYTES = CONSUMERS * WARPGROUP * 4, SLOT_BYTES = (PART + 4) * VALUE_BYTES;
+    static_assert(SPLITS * SLOT_BYTES <= 2 * STAGES * KV_BYTES, "the slots fit into the rings");
+    const u32 mine = smem.k + (threadIdx.x - WARPGROUP) * 4;
+    cluster_sync();  // every block is done with its rings
+#pragma unroll
+    for (int to = 0; to < SPLITS; ++to) {
+        const u32 slot = cluster_address(mine + rank * SLOT_BYTES, to);
+#pragma unroll
+        for (int i = 0; i < PART; ++i) cluster_store(slot + i * VALUE_BYTES, o[to * PART + i]);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            cluster_store(slot + (PART + i) * VALUE_BYTES, softmax.top[i]);
+            cluster_store(slot + (PART + 2 + i) * VALUE_BYTES, softmax.sum[i]);
+        }
+    }
+    cluster_sync();  // every slot is filled
+    float weight[SPLITS][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float top = NEGATIVE_INFINITY, sum = 0.0f;
+#pragma unroll
+        for (int from = 0; from < SPLITS; ++from) {
+            weight[from][i] = shared_load(mine + from * SLOT_BYTES + (PART + i) * VALUE_BYTES);  // its top, first
+            top = fmaxf(top, weight[from][i]);
+        }
+        const float base = top == NEGATIVE_INFINITY ? 0.0f : top;
+#pragma unroll
+        for (int from = 0; from < SPLITS; ++from) {
+            weight[from][i] = exp2_fast((weight[from][i] - base) * scale_log2);
+            sum += weight[from][i] * shared_load(mine + from * SLOT_BYTES + (PART + 2 + i) * VALUE_BYTES);
+        }
+        softmax.top[i] = top;
+        softmax.sum[i] = sum;
+    }
+#pragma unroll
+    for (int i = 0; i < PART; ++i) {
+        part[i] = 0.0f;
+#pragma unroll
+        for (int from = 0; from < SPLITS; ++from)
+            part[i] += weight[from][i / 2 % 2] * shared_load(mine + from * SLOT_BYTES + i * VALUE_BYTES);
+    }
+}
+
+// O / sum to global memory, 16 bytes a lane, from column `first_column` on, and the log-sum-exp.
+template <int COUNT>
+__device__ __forceinline__ void store(const AttentionParams& p, const Tile& tile, int first_row, int first_column,
+                                      const float (&o)[COUNT], Softmax& softmax) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -222,9 +273,9 @@ __device__ __forceinline__ void store(const AttentionParams& p, const Tile& tile
         const long long batch_row = p.cu_seqlens_q ? 0 : tile.batch;
         unsigned short* out = static_cast<unsigned short*>(p.out) + batch_row * p.out_batch_stride +
                               static_cast<long long>(tile.q_begin + token) * p.out_token_stride +
-                              head * p.out_head_stride;
+                              head * p.out_head_stride + first_column;
 #pragma unroll
-        for (int group = 0; group < HEAD_DIM / 32; ++group) {
+        for (int group = 0; group < COUNT / 16; ++group) {
             u32 words[4];
 #pragma unroll
             for (int t = 0; t < 4; ++t) {
@@ -236,7 +287,7 @@ __device__ __forceinline__ void store(const AttentionParams& p, const Tile& tile
                 *reinterpret_cast<uint4*>(out + 8 * (4 * group + lane % 4)) =
                     make_uint4(words[0], words[1], words[2], words[3]);
         }
-        if (p.lse && inside && lane % 4 == 0) {
+        if (p.lse && inside && first_column == 0 && lane % 4 == 0) {
             const long long at = batch_row * p.seqlen_q + tile.q_begin + token;
             constexpr float LN_2 = 0.693147180559945309f;
             p.lse[static_cast<long long>(head) * p.total_q + at] =
@@ -266,12 +317,12 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Shared s
 #pragma unroll
         for (int i = 0; i < O_REGISTERS; ++i) o_rmem[i] = 0.0f;
 
-        if (tile.blocks > 0) {
+        if (tile.begin < tile.end) {
             const int visible[2] = {tile.visible_keys(tile.first_token + first_row / GROUP),
                                     tile.visible_keys(tile.first_token + (first_row + 8) / GROUP)};
             float s_rmem[S_REGISTERS], correction[2];
             u32 p_rmem[S_REGISTERS / 2];
-            int block = tile.blocks - 1;
+            int block = tile.end - 1;
 
             // The last block first, alone: S = Q K^T, P = softmax(S)
             mbarrier_wait(smem.q_full(), q_parity);
@@ -285,7 +336,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Shared s
             softmax.update(s_rmem, scale_log2, correction);
             round_weights(p_rmem, s_rmem);
 
-            if (block > 0) mbarrier_wait(smem.k_full(k_slot.stage), k_slot.parity);
+            if (block > tile.begin) mbarrier_wait(smem.k_full(k_slot.stage), k_slot.parity);
 
             // S of this block and O += P V of the one before it run together
             auto step = [&](auto masked) {
@@ -300,7 +351,7 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Shared s
                 if (decltype(masked)::VALUE) mask(s_rmem, block, visible);
                 softmax.update(s_rmem, scale_log2, correction);
                 hold(s_rmem);
-                if (block > 0) mbarrier_wait(smem.k_full(k_slot.stage), k_slot.parity);
+                if (block > tile.begin) mbarrier_wait(smem.k_full(k_slot.stage), k_slot.parity);
                 wgmma_wait<0>(o_rmem);
                 if (leader) mbarrier_arrive(smem.v_empty(v_slot.stage));
                 v_slot.advance();
@@ -312,9 +363,9 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Shared s
                 }
             };
 #pragma unroll 1
-            for (--block; block >= tile.unmasked; --block) step(Flag<true>{});
+            for (--block; block >= max(tile.unmasked, tile.begin); --block) step(Flag<true>{});
 #pragma unroll 1
-            for (; block >= 0; --block) step(Flag<false>{});
+            for (; block >= tile.begin; --block) step(Flag<false>{});
 
             // The first block's O += P V
             if (leader) mbarrier_arrive(smem.q_empty());
@@ -324,11 +375,24 @@ __device__ __forceinline__ void consume(const AttentionParams& p, const Shared s
             if (leader) mbarrier_arrive(smem.v_empty(v_slot.stage));
             v_slot.advance();
         }
-        store(p, tile, first_row, o_rmem, softmax);
+        if constexpr (SPLITS == 1) {
+            store(p, tile, first_row, 0, o_rmem, softmax);
+        } else {
+            float part_rmem[O_REGISTERS / SPLITS];
+            const u32 rank = cluster_rank();
+            merge(smem, rank, scale_log2, o_rmem, part_rmem, softmax);
+            store(p, tile, first_row, rank * (HEAD_DIM / SPLITS), part_rmem, softmax);
+        }
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(SPLITS, 1, 1)
+#else
+#define CLUSTER
+#endif
+
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
     attention_prefill_hopper(const AttentionParams params, const __grid_constant__ TensorMap q_map,
                              const __grid_constant__ TensorMap k_map, const __grid_constant__ TensorMap v_map) {
     extern __shared__ unsigned char shared_bytes[];

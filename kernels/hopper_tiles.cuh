@@ -13,6 +13,7 @@ constexpr int CONSUMER_WARPS = CONSUMERS * WARPGROUP / 32;
 constexpr bool TAKE_TURNS = CONSUMERS > 1;
 static_assert(HEAD_DIM == 64 || HEAD_DIM == 128, "wgmma tiles are written for head_dim 64 and 128");
 static_assert(BLOCK_M % GROUP == 0, "a tile holds whole tokens");
+static_assert(HEAD_DIM % (32 * SPLITS) == 0, "each block of a cluster stores whole 32-column pieces of the output");
 
 constexpr u32 Q_PANEL_BYTES = BLOCK_M * PANEL_ROW_BYTES;
 constexpr u32 KV_PANEL_BYTES = BLOCK_N * PANEL_ROW_BYTES;
@@ -58,8 +59,8 @@ struct Tile {
     int first_token;     // of the tile, in its sequence
     int q_begin, q_len;  // first row of the packed queries (0: dense) and tokens of the sequence
     int k_begin, k_len;  // the same for keys
-    int blocks;          // key blocks that some row sees
-    int unmasked;        // of these, the first so many are seen whole by every row
+    int begin, end;      // key blocks of this thread block: those that some row sees, or its share of them
+    int unmasked;        // the first so many key blocks of the sequence are seen whole by every row
 
     __device__ Tile(const AttentionParams& p, int index) {
         const int per_rank = p.num_kv_heads * p.batch;
@@ -74,7 +75,10 @@ struct Tile {
         k_len = p.cu_seqlens_k ? p.cu_seqlens_k[batch + 1] - k_begin : p.seqlen_k;
         if (p.kv_lengths) k_len = min(k_len, max(p.kv_lengths[batch], 0));
         const int last_token = min(first_token + TOKENS, q_len) - 1;
-        blocks = last_token < first_token ? 0 : (visible_keys(last_token) + BLOCK_N - 1) / BLOCK_N;
+        const int blocks = last_token < first_token ? 0 : (visible_keys(last_token) + BLOCK_N - 1) / BLOCK_N;
+        const int rank = SPLITS == 1 ? 0 : blockIdx.x % SPLITS;
+        begin = blocks * rank / SPLITS;
+        end = blocks * (rank + 1) / SPLITS;
         unmasked = visible_keys(first_token) / BLOCK_N;
     }
     // Keys that a query token sees, bottom-right aligned: those before this one.
@@ -88,8 +92,9 @@ __device__ __forceinline__ int tile_count(const AttentionParams& p) {
 }
 
 // The tile of a block's n-th turn: rows of gridDim.x tiles, every second row backwards, which evens out the
-// falling sizes. With as many blocks as tiles every block has one turn.
+// falling sizes. With as many blocks as tiles every block has one turn. The SPLITS blocks of a cluster share a tile
+// and have one turn.
 __device__ __forceinline__ int tile_of_turn(int turn) {
-    const int column = turn & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    return turn * gridDim.x + column;
+    const int columns = gridDim.x / SPLITS, column = blockIdx.x / SPLITS;
+    return turn * columns + (turn & 1 ? columns - 1 - column : column);
 }

@@ -41,18 +41,20 @@ def nvrtc() -> Nvrtc:
         pytest.skip(str(error))
 
 
-def compile_kernel(nvrtc: Nvrtc, call: Problem, extra: str = "") -> Binary:
+def compile_kernel(nvrtc: Nvrtc, call: Problem, extra: str = "", splits: int = 1) -> Binary:
     text = joined_source(hopper.SOURCE) + extra
-    return nvrtc.compile(text, hopper.SOURCE, compile_options("sm_90a", hopper.defines(call)))
+    return nvrtc.compile(text, hopper.SOURCE, compile_options("sm_90a", hopper.defines(call, splits)))
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "causal", "heads"),
-    [(dim, dtype, causal, 4) for dim in (64, 128) for dtype in ("bfloat16", "float16") for causal in (True, False)]
-    + [(128, "bfloat16", True, 128), (128, "bfloat16", False, 1)],
+    ("head_dim", "dtype", "causal", "heads", "splits"),
+    [(dim, dtype, causal, 4, 1) for dim in (64, 128) for dtype in ("bfloat16", "float16") for causal in (True, False)]
+    + [(128, "bfloat16", True, 128, 1), (128, "bfloat16", False, 1, 1)]
+    + [(64, "bfloat16", True, 4, 2), (128, "bfloat16", True, 4, 2), (128, "float16", False, 4, 4)],
 )
-def test_compiles_without_spills_or_serialised_products(nvrtc, head_dim, dtype, causal, heads):
-    binary = compile_kernel(nvrtc, problem(head_dim=head_dim, dtype=dtype, causal=causal, num_heads=heads))
+def test_compiles_without_spills_or_serialised_products(nvrtc, head_dim, dtype, causal, heads, splits):
+    call = problem(head_dim=head_dim, dtype=dtype, causal=causal, num_heads=heads)
+    binary = compile_kernel(nvrtc, call, splits=splits)
     assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in binary.log
     assert not WARNINGS.findall(binary.log), binary.log
     registers = int(re.search(r"Used (\d+) registers", binary.log)[1])
@@ -219,22 +221,34 @@ def test_serves_groups_that_fill_a_tile():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "blocks"),
+    ("sizes", "splits", "blocks"),
     [
-        ({}, 10 * 2),  # 300 tokens of 4 heads in tiles of 32 tokens, 2 sequences
-        ({"seqlen_q": 1}, 2),
-        ({"num_heads": 8, "num_kv_heads": 8, "seqlen_q": 129}, 2 * 8 * 2),
-        ({"seqlen_q": 16384}, 132),  # 1,024 tiles on persistent blocks
+        ({}, 1, 10 * 2),  # 300 tokens of 4 heads in tiles of 32 tokens, 2 sequences
+        ({"seqlen_q": 1}, 1, 2),
+        ({"num_heads": 8, "num_kv_heads": 8, "seqlen_q": 129}, 1, 2 * 8 * 2),
+        ({"seqlen_q": 16384}, 1, 132),  # 1,024 tiles on persistent blocks
+        ({"seqlen_q": 16384}, 2, 1024 * 2),
+        ({}, 4, 10 * 2 * 4),
     ],
 )
-def test_the_grid_covers_every_row(sizes, blocks):
+def test_the_grid_covers_every_row(sizes, splits, blocks):
     call = problem(**sizes)
-    plan = hopper.plan(call, 90, 132)
+    plan = hopper.plan(call, 90, 132, splits=splits)
     assert (plan.source, plan.kernel, plan.threads) == (hopper.SOURCE, hopper.FUNCTION, 384)
-    assert plan.defines == hopper.defines(call)
+    assert plan.defines == hopper.defines(call, splits)
     assert plan.shared_memory_bytes == hopper.TILES[128].shared_bytes(128)
     sizes = {name: getattr(call, name) for name in ("batch", "seqlen_q", "num_heads", "num_kv_heads")}
     assert plan.grid(**sizes) == (blocks, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "head_dim", "splits"),
+    [(1, 1024, 128, 4), (1, 4096, 128, 2), (1, 16384, 128, 1), (8, 1024, 128, 1), (1, 1024, 64, 2), (1, 100, 128, 1)],
+)
+def test_keys_are_split_until_the_gpu_is_full(batch, tokens, head_dim, splits):
+    call = problem(batch=batch, seqlen_q=tokens, seqlen_k=tokens, head_dim=head_dim)
+    assert hopper.choose_splits(call, 132) == splits
+    assert ("SPLITS", splits) in hopper.plan(call, 90, 132).defines
 
 
 def test_no_plan_where_it_refuses():

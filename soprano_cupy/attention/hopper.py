@@ -24,6 +24,7 @@ COMPUTE_CAPABILITY = 90  # wgmma and setmaxnreg exist on this architecture alone
 WARPGROUP_THREADS = 128
 WARPGROUP_ROWS = 64  # query rows of one warpgroup's wgmma
 BLOCK_KEYS = 128  # BLOCK_N of the kernel
+MERGE_COST_BLOCKS = 1.0  # what merging the blocks of a tile costs, in key blocks
 PANEL_COLUMNS = 64  # 16-bit elements in one 128-byte swizzled row
 ALIGNMENT_BYTES = 1024  # of a tile: the swizzle's period
 ELEMENT_BYTES = 2
@@ -78,7 +79,7 @@ def refusal(problem: Problem, compute_capability: int) -> str | None:
     return None
 
 
-def defines(problem: Problem) -> tuple[tuple[str, int], ...]:
+def defines(problem: Problem, splits: int = 1) -> tuple[tuple[str, int], ...]:
     """The kernel's compile-time constants for this call."""
     tiles = TILES[problem.head_dim]
     return (
@@ -91,34 +92,62 @@ def defines(problem: Problem) -> tuple[tuple[str, int], ...]:
         ("CONSUMER_REGISTERS", tiles.consumer_registers),
         ("PRODUCER_REGISTERS", tiles.producer_registers),
         ("RESCALE_THRESHOLD", tiles.rescale_threshold),
+        ("SPLITS", splits),
     )
 
 
-def plan(problem: Problem, compute_capability: int, multiprocessors: int) -> LaunchPlan | None:
-    """How to launch the kernel for this call; None where `refusal` names a reason."""
+def plan(
+    problem: Problem, compute_capability: int, multiprocessors: int, *, splits: int | None = None
+) -> LaunchPlan | None:
+    """How to launch the kernel for this call; None where `refusal` names a reason.
+
+    splits: blocks that share the keys of one tile: 1, 2, or 4 at head_dim 128; by default what fills the GPU.
+    """
     if refusal(problem, compute_capability) is not None:
         return None
     tiles = TILES[problem.head_dim]
+    splits = splits or choose_splits(problem, multiprocessors)
+    shared = "" if splits == 1 else f", {splits} blocks a tile"
     return LaunchPlan(
         source=SOURCE,
         kernel=FUNCTION,
-        defines=defines(problem),
+        defines=defines(problem, splits),
         threads=tiles.threads,
         shared_memory_bytes=tiles.shared_bytes(problem.head_dim),
-        grid=TileGrid(tiles.rows, multiprocessors),
-        description=f"Hopper prefill, wgmma {tiles.rows}x{BLOCK_KEYS} tiles, {tiles.consumers} computing warpgroups",
+        grid=TileGrid(tiles.rows, splits, multiprocessors),
+        description=f"Hopper prefill, wgmma tiles of {tiles.rows} rows and {BLOCK_KEYS} keys{shared}",
     )
+
+
+def choose_splits(problem: Problem, multiprocessors: int) -> int:
+    """The number of blocks a tile with the shortest estimated time, counted in key blocks.
+
+    A call lasts as long as its longest tile's share, or as long as all tiles spread over the multiprocessors.
+    """
+    tiles = TileGrid(TILES[problem.head_dim].rows, 1, multiprocessors).tiles(
+        problem.batch, problem.seqlen_q, problem.num_heads, problem.num_kv_heads
+    )
+    longest = -(-problem.seqlen_k // BLOCK_KEYS)
+    shortest = max(problem.seqlen_k - problem.seqlen_q, 0) // BLOCK_KEYS + 1 if problem.causal else longest
+    spread = tiles * (shortest + longest) / 2 / multiprocessors
+
+    def estimate(splits: int) -> float:
+        return max(longest / splits, spread) + (MERGE_COST_BLOCKS if splits > 1 else 0)
+
+    return min((s for s in (1, 2, 4) if problem.head_dim % (32 * s) == 0), key=estimate)
 
 
 @dataclass(frozen=True)
 class TileGrid:
-    """One persistent block on each multiprocessor, or fewer when there are fewer tiles."""
+    """A cluster of `splits` blocks for each tile; unsplit, at most one persistent block on each multiprocessor."""
 
     rows: int  # query rows of a tile
+    splits: int
     multiprocessors: int
 
     def __call__(self, *, batch: int, seqlen_q: int, num_heads: int, num_kv_heads: int) -> tuple[int, int, int]:
-        return (min(self.tiles(batch, seqlen_q, num_heads, num_kv_heads), self.multiprocessors), 1, 1)
+        tiles = self.tiles(batch, seqlen_q, num_heads, num_kv_heads)
+        return (min(tiles, self.multiprocessors) if self.splits == 1 else tiles * self.splits, 1, 1)
 
     def tiles(self, batch: int, seqlen_q: int, num_heads: int, num_kv_heads: int) -> int:
         """Tiles over all sequences and KV heads, those past a short sequence's end included."""
