@@ -15,9 +15,10 @@ import numpy as np
 
 from .arguments import check
 from .problem import Array, Problem
+from .products import scaled_product, widened
 
 CHUNK_SCORES_CPU = 1 << 18  # float32 scores that stay in a core's L2 cache: 1 MB
-CHUNK_SCORES_GPU = 1 << 28  # 1 GB: one chunk up to 8,192 tokens of 4 heads
+CHUNK_SCORES_GPU = 1 << 27  # 512 MB: one chunk up to 5,792 tokens of 4 heads
 
 
 def standard_attention(
@@ -77,10 +78,10 @@ def _starts(problem: Problem) -> np.ndarray:
 
 def _one_sequence(q: Array, k: Array, v: Array, out: Array, problem: Problem, xp: Any) -> None:
     """q and out (S, Hq, D), k and v (L, Hkv, D): fill `out`."""
-    queries, keys = q.shape[0], k.shape[0]
-    group = problem.group
-    k_t = _operand(k, xp).transpose(1, 2, 0)  # (Hkv, D, L)
-    v_t = _operand(v, xp).transpose(1, 0, 2)  # (Hkv, L, D)
+    queries, keys, dim = q.shape[0], k.shape[0], q.shape[2]
+    if xp is np:  # NumPy multiplies no 16-bit numbers: widen the keys once, not in every chunk
+        k, v = widened(k), widened(v)
+    k_t, v_t = k.transpose(1, 2, 0)[None], v.transpose(1, 0, 2)[None]  # (1, Hkv, D, L), (1, Hkv, L, D)
     budget = CHUNK_SCORES_CPU if xp is np else CHUNK_SCORES_GPU
     step = max(1, budget // (keys * problem.num_heads))
     for first in range(0, queries, step):
@@ -89,14 +90,12 @@ def _one_sequence(q: Array, k: Array, v: Array, out: Array, problem: Problem, xp
         if seen == 0:
             out[first:last] = 0
             continue
-        rows = _operand(q[first:last], xp).reshape(last - first, -1, group, q.shape[-1]).transpose(1, 0, 2, 3)
-        rows = rows.reshape(rows.shape[0], -1, q.shape[-1])  # (Hkv, S * G, D), row r is of query r // G
-        scores = _scores(rows, k_t[:, :, :seen], problem, xp)
+        scores = scaled_product(_rows(q[None, first:last], problem.group), k_t[..., :seen], problem.scale)
         if problem.causal and last - first > 1:
-            _mask_future(scores, first, keys - queries, group, xp)
-        mixed = _mix(scores, v_t[:, :seen], q.dtype, xp)
-        mixed = mixed.reshape(-1, last - first, group, q.shape[-1]).transpose(1, 0, 2, 3)
-        out[first:last] = mixed.reshape(last - first, -1, q.shape[-1])
+            _mask_future(scores, first, keys - queries, problem.group, xp)
+        mixed = _mix(scores, v_t[:, :, :seen], xp)
+        mixed = mixed.reshape(-1, last - first, problem.group, dim).transpose(1, 0, 2, 3)
+        out[first:last] = mixed.reshape(last - first, -1, dim)
 
 
 def _whole_batch(problem: Problem, xp: Any) -> Array:
@@ -105,42 +104,44 @@ def _whole_batch(problem: Problem, xp: Any) -> Array:
     heads, kv_heads, group, dim = problem.num_heads, problem.num_kv_heads, problem.group, problem.head_dim
     if problem.key_lengths is not None:
         keys = int(problem.key_lengths.max())
-    q = problem.q.reshape(batch, queries, kv_heads, group, dim).transpose(0, 2, 1, 3, 4)
+    q = problem.q.reshape(batch, queries, heads, dim)
     k, v = problem.k[:, :keys], problem.v[:, :keys]
-    lengths = xp.full(batch, keys) if problem.kv_lengths is None else xp.asarray(problem.kv_lengths).astype(np.int64)
     position = xp.arange(keys)
-    if problem.kv_lengths is not None:  # a weight of 0 does not silence NaN or infinity in unused rows
-        v = xp.where((position < lengths[:, None])[:, :, None, None], v, v.dtype.type(0))
-    k_t, v_t = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    out = xp.empty((batch, queries, heads, dim), problem.q.dtype)
+    if problem.kv_lengths is None:
+        lengths = xp.full((batch, 1), keys)
+    else:
+        lengths = xp.asarray(problem.kv_lengths).astype(np.int64)[:, None]
+        v = _silenced(v, position >= lengths, xp)
+    k_t, v_t = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)  # (B, Hkv, D, L), (B, Hkv, L, D)
+    out = xp.empty(q.shape, q.dtype)
     step = max(1, CHUNK_SCORES_GPU // (batch * heads * keys))
     for first in range(0, queries, step):
         last = min(first + step, queries)
-        seen = lengths[:, None]  # keys that each query sees
-        if problem.causal:
-            seen = seen - (queries - 1 - xp.arange(first, last))
-        hidden = position >= seen[:, :, None]  # (B, S or 1, L)
-        scores = _scores(q[:, :, first:last].reshape(batch, kv_heads, -1, dim), k_t, problem, xp)
-        scores = scores.reshape(batch, kv_heads, last - first, group, keys)
-        scores = xp.where(hidden[:, None, :, None, :], scores.dtype.type(-np.inf), scores)
-        mixed = _mix(scores.reshape(batch, kv_heads, -1, keys), v_t, problem.q.dtype, xp)
-        mixed = mixed.reshape(batch, kv_heads, last - first, group, dim).transpose(0, 2, 1, 3, 4)
+        scores = scaled_product(_rows(q[:, first:last], group), k_t, problem.scale)
+        if problem.kv_lengths is not None or (problem.causal and queries > 1):
+            visible = lengths - (queries - 1 - xp.arange(first, last)) if problem.causal else lengths
+            hidden = position >= visible[:, :, None]  # (B, S or 1, L)
+            block = scores.reshape(batch, kv_heads, last - first, group, keys)
+            block[...] = xp.where(hidden[:, None, :, None], block.dtype.type(-np.inf), block)
+        mixed = _mix(scores, v_t, xp).reshape(batch, kv_heads, last - first, group, dim).transpose(0, 2, 1, 3, 4)
         out[:, first:last] = mixed.reshape(batch, last - first, heads, dim)
     return out.reshape(problem.q.shape)
 
 
-def _operand(array: Array, xp: Any) -> Array:
-    """NumPy has no 16-bit matrix product, so 16-bit arrays are widened; nothing else is copied."""
-    return array.astype(np.float32) if xp is np and array.dtype.itemsize == 2 else array
+def _rows(q: Array, group: int) -> Array:
+    """(B, S, Hq, D) -> (B, Hkv, S * group, D): row r is of query r // group. A view where Hkv or S is 1."""
+    batch, queries, heads, dim = q.shape
+    q = q.reshape(batch, queries, heads // group, group, dim).transpose(0, 2, 1, 3, 4)
+    return q.reshape(batch, heads // group, queries * group, dim)
 
 
-def _scores(rows: Array, k_t: Array, problem: Problem, xp: Any) -> Array:
-    """scale * Q K^T, float32 or wider."""
-    scores = xp.matmul(rows, k_t)
-    if scores.dtype.itemsize == 2:
-        scores = scores.astype(np.float32)
-    scores *= scores.dtype.type(problem.scale)
-    return scores
+def _silenced(v: Array, unused: Array, xp: Any) -> Array:
+    """v (B, L, Hkv, D) with zeros where `unused` (B, L): a weight of 0 does not silence NaN or infinity.
+
+    16-bit numbers are handled as their bits, which every array library can select.
+    """
+    bits = v.view(np.uint16) if v.dtype.itemsize == 2 else v
+    return xp.where(unused[:, :, None, None], bits.dtype.type(0), bits).view(v.dtype)
 
 
 def _mask_future(scores: Array, first: int, offset: int, group: int, xp: Any) -> None:
@@ -154,13 +155,15 @@ def _mask_future(scores: Array, first: int, offset: int, group: int, xp: Any) ->
     block[...] = xp.where(hidden[:, None, :], scores.dtype.type(-np.inf), block)
 
 
-def _mix(scores: Array, v: Array, dtype: Any, xp: Any) -> Array:
-    """softmax(S) V in place of S; rows that see nothing give 0."""
+def _mix(scores: Array, v: Array, xp: Any) -> Array:
+    """softmax(S) V for S (B, Hkv, R, L), which is overwritten, and v (B, Hkv, L, D), in float32 or wider.
+
+    Rows that see nothing give 0. On a GPU the weights take v's dtype, for tensor cores.
+    """
     top = scores.max(axis=-1, keepdims=True)
-    top = xp.where(top == -np.inf, top.dtype.type(0), top)
-    scores -= top
+    scores -= xp.where(top == -np.inf, top.dtype.type(0), top)
     weights = xp.exp(scores, out=scores)
     total = weights.sum(axis=-1, keepdims=True)
-    total = xp.where(total == 0, total.dtype.type(1), total)
-    mixed = xp.matmul(weights if v.dtype.itemsize > 2 else weights.astype(v.dtype), v)
-    return (mixed / total).astype(dtype, copy=False)
+    mixed = scaled_product(weights if xp is np else weights.astype(v.dtype, copy=False), v)
+    mixed /= xp.where(total == 0, total.dtype.type(1), total)
+    return mixed
