@@ -107,7 +107,7 @@ class Loop:
             steps = [self._step(slot, int(tokens[slot]), states, distances) for slot in range(len(self._active))]
             yield steps
             kept = self._retire({s.index for s in steps if s.finish_reason} | self._dropped)
-            previous, ids = states[kept], tokens[kept].astype(np.int32)
+            previous, ids = states[self._xp.asarray(kept)], tokens[kept].astype(np.int32)
             lengths = np.ones(len(kept), np.int64)
 
     def _seen_mask(self) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +134,7 @@ class PortableLanguageModel(LanguageModelRunner):
     def extend(self, cache: KVCache, ids: np.ndarray, cu_seqlens: np.ndarray, *, last_only: bool = False) -> Array:
         assert isinstance(cache, PortableCache)
         xp, weights = self._xp, self._weights
-        rows = Rows.append(cache, cu_seqlens)
+        rows = Rows.append(cache, cu_seqlens, xp)
         angles = rope_tables(rows.positions, self._frequencies, self._wide)
         cos, sin = xp.asarray(angles[0]), xp.asarray(angles[1])
         x = weights.embeddings[xp.asarray(ids)].astype(self._wide)
@@ -143,7 +143,8 @@ class PortableLanguageModel(LanguageModelRunner):
             rows.store(cache.keys[i], k)
             rows.store(cache.values[i], v)
             if last_only and i == len(weights.layers) - 1:  # nothing reads the earlier rows any more
-                x, q, rows = x[rows.last], q[rows.last], rows.only_last()
+                last = xp.asarray(rows.cu_seqlens[1:] - 1)
+                x, q, rows = x[last], q[last], rows.only_last()
             x = self._finish_layer(layer, x, rows.attend(self._attend, q, cache.keys[i], cache.values[i]))
         cache.lengths[: len(rows.lengths)] = rows.lengths
         return rms_norm(x, weights.norm, self.config.rms_norm_eps)
@@ -176,39 +177,35 @@ class PortableLanguageModel(LanguageModelRunner):
 class Rows:
     """Where the rows of one ragged `extend` call live in the cache."""
 
-    slots: np.ndarray  # (N,) the slot of each row's sequence
-    positions: np.ndarray  # (N,) the row's place in its sequence
+    positions: np.ndarray  # (N,) each row's place in its sequence
+    place: tuple[Array, Array]  # (N,) slots and positions again, on the device, to index a cache with
     lengths: np.ndarray  # (n,) int32, tokens of each sequence once the rows are stored
     cu_seqlens: np.ndarray  # (n + 1,) int32, the first row of each sequence
 
     @classmethod
-    def append(cls, cache: PortableCache, cu_seqlens: np.ndarray) -> Rows:
+    def append(cls, cache: PortableCache, cu_seqlens: np.ndarray, xp: Any) -> Rows:
         """Rows that follow what `cache` already holds of the sequences in slots 0..n-1."""
         counts = np.diff(cu_seqlens)
         before = cache.lengths[: len(counts)]
+        slots = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1] - before, counts)
         return cls(
-            slots=np.repeat(np.arange(len(counts)), counts),
-            positions=np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1] - before, counts),
+            positions=positions,
+            place=(xp.asarray(slots), xp.asarray(positions)),
             lengths=(before + counts).astype(np.int32),
             cu_seqlens=np.asarray(cu_seqlens, np.int32),
         )
 
-    @property
-    def last(self) -> np.ndarray:
-        """The index of each sequence's last row."""
-        return self.cu_seqlens[1:] - 1
-
     def only_last(self) -> Rows:
-        """The same sequences with one query row each, their last."""
-        starts = np.arange(len(self.lengths) + 1, dtype=np.int32)
-        return Rows(self.slots[self.last], self.positions[self.last], self.lengths, starts)
+        """The same sequences with one query row each, their last; these rows attend, but are not stored."""
+        return replace(self, cu_seqlens=np.arange(len(self.lengths) + 1, dtype=np.int32))
 
     def store(self, target: Array, values: Array) -> None:
         """Write values (N, kv heads, head_dim) to their slots and positions of one layer's cache."""
         if len(self.lengths) == 1:
             target[0, int(self.positions[0]) : int(self.lengths[0])] = values
         else:
-            target[self.slots, self.positions] = values
+            target[self.place] = values
 
     def attend(self, function: Any, q: Array, keys: Array, values: Array) -> Array:
         """Attention of queries (N, heads, head_dim) over their own sequences' part of one layer's cache."""
