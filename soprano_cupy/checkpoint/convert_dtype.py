@@ -49,7 +49,7 @@ def bfloat16_to_float32(bits: np.ndarray) -> np.ndarray:
 
 def float32_to_bfloat16(values: np.ndarray) -> np.ndarray:
     """Finite float32 to bfloat16 bits: half of the last place kept is added, a little less before an even one."""
-    bits: np.ndarray = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    bits: np.ndarray = np.asarray(values, np.float32, order="C").view(np.uint32)
     rounded: np.ndarray = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
     return rounded.astype(np.uint16)
 
@@ -61,7 +61,7 @@ def _odd_float32(values: np.ndarray) -> np.ndarray:
     is never taken for a tie.
     """
     with np.errstate(over="ignore"):
-        nearest = np.ascontiguousarray(values).astype(np.float32)
+        nearest = np.asarray(values, order="C").astype(np.float32)
     bits = nearest.view(np.uint32)
     magnitude = np.abs(values)
     away = np.abs(nearest).astype(np.float64) > magnitude

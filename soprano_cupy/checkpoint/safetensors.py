@@ -56,7 +56,7 @@ def write_safetensors(
     with replace_file(path) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name, (dtype, shape) in specs.items():
-            array = np.ascontiguousarray(read(name), STORED_AS[dtype])
+            array = np.asarray(read(name), STORED_AS[dtype], order="C")
             if array.shape != tuple(shape):
                 raise CheckpointError(f"tensor {name} has shape {array.shape}, expected {tuple(shape)}")
             stream.write(array.reshape(-1).view(np.uint8).data)

@@ -111,9 +111,18 @@ class _Machine:
         if opcode.name not in _HANDLERS:
             raise UnsafePickleError(f"its pickle uses {opcode.name}, which tensors do not need; nothing was run")
         try:
+            if opcode.name in ("GLOBAL", "INST"):
+                return opcode.name, self.read_name()
             return opcode.name, None if opcode.arg is None else opcode.arg.reader(self.stream)
         except (ValueError, OverflowError) as error:
             raise CheckpointError(f"its pickle is cut off or damaged in {opcode.name}") from error
+
+    def read_name(self) -> str:
+        """Module and attribute, a line each. (`pickletools` would undo escapes here, which no unpickler does.)"""
+        module, attribute = self.stream.readline(), self.stream.readline()
+        if not attribute.endswith(b"\n"):
+            raise ValueError
+        return f"{module[:-1].decode()}.{attribute[:-1].decode()}"
 
     # Constants and containers
 
@@ -186,9 +195,6 @@ class _Machine:
 
     # Names, and what would be calls
 
-    def global_name(self, argument: str) -> None:
-        self.push_global(argument.replace(" ", ".", 1))
-
     def stack_global(self, _: None) -> None:
         attribute, module = self.stack.pop(), self.stack.pop()
         if not isinstance(module, str) or not isinstance(attribute, str):
@@ -200,9 +206,8 @@ class _Machine:
             raise UnsafePickleError(f"its pickle asks for {_show(name)}, which tensors do not need; nothing was run")
         self.stack.append(_Global(name))
 
-    def class_by_name(self, argument: str) -> None:
+    def class_by_name(self, name: str) -> None:
         """INST, the oldest way to make an object; no tensor is written with it."""
-        name = argument.replace(" ", ".", 1)
         raise UnsafePickleError(f"its pickle creates {_show(name)}, which tensors do not need; nothing was run")
 
     def persistent_id(self, _: None) -> None:
@@ -277,7 +282,7 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], None]] = {
     "BINPUT": _Machine.remember,
     "LONG_BINPUT": _Machine.remember,
     "MEMOIZE": _Machine.remember,
-    "GLOBAL": _Machine.global_name,
+    "GLOBAL": _Machine.push_global,
     "STACK_GLOBAL": _Machine.stack_global,
     "INST": _Machine.class_by_name,
     "BINPERSID": _Machine.persistent_id,

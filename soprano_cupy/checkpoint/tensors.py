@@ -19,7 +19,7 @@ import numpy as np
 from ..errors import CheckpointError
 from .convert_dtype import STORED_AS, TARGETS, convert_block, finite
 
-BLOCK_ELEMENTS = 1 << 20  # converted at a time: bounds both the temporaries and the mapped pages in memory
+BLOCK_ELEMENTS = 1 << 18  # converted at a time: bounds both the temporaries and the mapped pages in memory
 NAMES_SHOWN = 4
 
 

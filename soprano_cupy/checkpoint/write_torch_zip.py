@@ -29,7 +29,7 @@ def write_torch_zip(
         write_member(archive, "data.pkl", state_dict_pickle(specs))
         write_member(archive, "byteorder", b"little")
         for key, (name, (dtype, shape)) in enumerate(specs.items()):
-            array = np.ascontiguousarray(read(name), STORED_AS[dtype]).reshape(shape)
+            array = np.asarray(read(name), STORED_AS[dtype], order="C").reshape(shape)
             write_member(archive, f"data/{key}", array.reshape(-1).view(np.uint8).data)
         write_member(archive, "version", b"3\n")
 
