@@ -203,7 +203,7 @@ def capturing() -> bool:
     """Whether CuPy's current stream records a CUDA graph."""
     import cupy
 
-    return bool(cupy.cuda.get_current_stream().iscapturing())
+    return bool(cupy.cuda.get_current_stream().is_capturing())
 
 
 def _flag(name: str, value: bool) -> bool:

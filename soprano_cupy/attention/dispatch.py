@@ -12,7 +12,7 @@ from ..device import resolve_device
 from ..errors import AttentionUnavailable, DeviceError, ParameterError
 from . import flash, standard
 from .arguments import capturing, check
-from .probe import Prober, ShapeClass, Verdict, explain, is_sticky, lost_gpu
+from .probe import PathError, Prober, ShapeClass, Verdict
 from .problem import DTYPES, Array, Problem
 from .standard import standard_attention
 
@@ -147,15 +147,12 @@ def _best(problem: Problem) -> Array:
         return standard.run(problem)
     shape = ShapeClass.of(problem)
     verdict = _verdict(shape)
-    if verdict.usable:
+    while verdict.usable:
         try:
+            # out of memory surfaces: flash needs its output and little more, standard would need more
             return flash.run(problem, verdict.paths)
-        except MemoryError:  # flash needs the output and little more: standard would need more
-            raise
-        except Exception as error:
-            if is_sticky(error):
-                raise lost_gpu(error) from error
-            prober.fail(shape, explain(error))
+        except PathError as error:
+            verdict = prober.fail(shape, error)
     return standard.run(problem)
 
 
@@ -165,16 +162,12 @@ def _flash(problem: Problem) -> Array:
         raise AttentionUnavailable(f"flash attention cannot be used: {_NO_CPU}")
     shape = ShapeClass.of(problem)
     verdict = _verdict(shape)
-    if not verdict.usable:
-        raise AttentionUnavailable(_unavailable(shape, verdict.reason))
-    try:
-        return flash.run(problem, verdict.paths)
-    except MemoryError:
-        raise
-    except Exception as error:
-        if is_sticky(error):
-            raise lost_gpu(error) from error
-        raise AttentionUnavailable(_unavailable(shape, explain(error))) from error
+    while verdict.usable:
+        try:
+            return flash.run(problem, verdict.paths)
+        except PathError as error:
+            verdict = prober.fail(shape, error)
+    raise AttentionUnavailable(_unavailable(shape, verdict.reason))
 
 
 def _verdict(shape: ShapeClass) -> Verdict:

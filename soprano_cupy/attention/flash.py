@@ -1,22 +1,25 @@
 """The flash kernels on a GPU: which of them serves a call, and its launch.
 
 Three paths: `decode` (up to 16 queries a sequence, keys split over blocks), `hopper` (long prefill on compute
-capability 9.0) and `prefill` (everything else).
+capability 9.0) and `prefill` (everything else). Each has variants, compiled for sizes it is good at; a variant's
+first use runs the tiny case of `probe` through it and compares with float64.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from ..cuda.module import DeviceFacts, build, device_facts, load
+from ..cuda.module import DeviceFacts, Kernel, build, device_facts, load
 from ..device import cuda_index, cuda_problem
 from ..errors import DeviceError
-from . import hopper
-from .arguments import check
+from . import hopper, prefill
+from .arguments import capturing, check
 from .launch import LaunchPlan
-from .probe import Case, ShapeClass, tiny_case
+from .probe import Case, PathError, ShapeClass, compare, explain, is_sticky, lost_gpu, tiny_case
 from .problem import Array, Problem, kernel_ready, pack_params
 
 OLDEST_CAPABILITY = (7, 0)
@@ -28,40 +31,72 @@ HOPPER_MIN_QUERIES = 1024
 
 
 def run(problem: Problem, paths: Sequence[str], lse: Array | None = None) -> Array:
-    """Attention of a checked problem on its GPU by the best of `paths`. lse: (Hq, total_q) float32, to be filled."""
+    """Attention of a checked problem on its GPU by the best of `paths`; nothing is waited for.
+
+    lse: (Hq, total_q) float32, to be filled with the natural-log sums of exponentials.
+    Raises `PathError` when a kernel does not compile, load, launch, or give the right result at its first use;
+    `MemoryError` when the result does not fit; `DeviceError` when the GPU is lost, or when a first use falls into
+    the capture of a CUDA graph.
+    """
     import cupy
 
     facts = device_facts(cuda_index(problem.device))
+    path, plan = choose(problem, paths, facts)
     with cupy.cuda.Device(facts.index):
-        return launch(choose(problem, paths), problem, facts, lse)
+        first_use = (facts.index, plan.source, plan.defines) not in _verified
+        if first_use and capturing():
+            raise DeviceError(
+                f"attention was not yet run for {ShapeClass.of(problem)} at this size: run it before capturing a graph"
+            )
+        try:
+            if first_use:
+                _verify(path, plan, ShapeClass.of(problem), facts)
+            return launch(path, plan, problem, facts, lse)
+        except (MemoryError, PathError):
+            raise
+        except Exception as error:
+            if is_sticky(error):
+                raise lost_gpu(error) from error
+            raise PathError(path, explain(error)) from error
 
 
-def choose(problem: Problem, paths: Sequence[str]) -> str:
-    """The path for a call."""
-    if "hopper" in paths and problem.seqlen_q >= HOPPER_MIN_QUERIES:
-        return "hopper"
-    raise DeviceError("no flash kernel serves this call")
+def choose(problem: Problem, paths: Sequence[str], facts: DeviceFacts) -> tuple[str, LaunchPlan]:
+    """The path for a call and its plan; `DeviceError` when none of `paths` serves it."""
+    for path in ("decode", "hopper", "prefill"):
+        if path not in paths or (path == "hopper" and problem.seqlen_q < HOPPER_MIN_QUERIES):
+            continue
+        plan = plan_for(path, problem, facts)
+        if plan is not None:
+            return path, plan
+    raise DeviceError(f"no flash kernel serves {problem.batch} sequences of {problem.seqlen_q} queries; use standard")
 
 
 def plan_for(path: str, problem: Problem, facts: DeviceFacts) -> LaunchPlan | None:
     """How one path would run a call; None when it cannot."""
     if path == "hopper":
         return hopper.plan(problem, facts.compute_capability, facts.multiprocessors)
+    if path == "prefill":
+        return prefill.plan(
+            compute_capability=facts.capability,
+            dtype=problem.dtype,
+            head_dim=problem.head_dim,
+            group=problem.group,
+            causal=problem.causal,
+            params_info=problem,
+            multiprocessors=facts.multiprocessors,
+        )
     return None
 
 
-def launch(path: str, problem: Problem, facts: DeviceFacts, lse: Array | None = None) -> Array:
-    """Run a problem by one path on the current device; the result, on its way on the current stream."""
+def launch(path: str, plan: LaunchPlan, problem: Problem, facts: DeviceFacts, lse: Array | None = None) -> Array:
+    """Run a problem by one plan on the current device, which is the problem's; the result is under way."""
     import cupy
 
     problem = kernel_ready(problem)
-    plan = plan_for(path, problem, facts)
-    if plan is None:
-        raise DeviceError(f"the {path} kernel cannot serve this call")
-    kernel = load(plan.source, plan.kernel, plan.defines, facts.index, specific=path == "hopper")
+    kernel = _kernel(path, plan, facts)
     out = cupy.empty(problem.q.shape, problem.q.dtype)
     params = pack_params(problem, out, lse=lse)
-    extra = hopper.extra_arguments(problem) if path == "hopper" else ()
+    extra: tuple[Any, ...] = hopper.extra_arguments(problem) if path == "hopper" else ()
     grid = plan.grid(
         batch=problem.batch,
         seqlen_q=problem.seqlen_q,
@@ -70,6 +105,37 @@ def launch(path: str, problem: Problem, facts: DeviceFacts, lse: Array | None = 
     )
     kernel(grid, (plan.threads,), (params, *extra), plan.shared_memory_bytes)
     return out
+
+
+def _kernel(path: str, plan: LaunchPlan, facts: DeviceFacts) -> Kernel:
+    return load(plan.source, plan.kernel, plan.defines, facts.index, specific=path == "hopper")
+
+
+_verified: set[tuple[int, str, tuple[tuple[str, int], ...]]] = set()
+_lock = threading.Lock()
+
+
+def _verify(path: str, plan: LaunchPlan, shape: ShapeClass, facts: DeviceFacts) -> None:
+    """Compare a variant with float64, on one thread at a time."""
+    with _lock:
+        case = tiny_case(path, shape)
+        reason = compare(path, shape, case, attend(path, shape, case, plan))
+        if reason is not None:
+            raise PathError(path, reason)
+        _verified.add((facts.index, plan.source, plan.defines))
+
+
+def attend(path: str, shape: ShapeClass, case: Case, plan: LaunchPlan | None = None) -> np.ndarray:
+    """A case by one path, or one plan of it, from host arrays to a host array."""
+    import cupy
+
+    facts = device_facts(cuda_index(shape.device))
+    with cupy.cuda.Device(facts.index):
+        arrays = [cupy.asarray(array) for array in (case.q, case.k, case.v)]
+        problem = check(*arrays, causal=shape.causal, kv_lengths=case.kv_lengths, cu_seqlens=case.cu_seqlens)
+        plan = plan or plan_for(path, problem, facts)
+        assert plan is not None
+        return np.asarray(launch(path, plan, problem, facts).get())
 
 
 class FlashBackend:
@@ -101,13 +167,7 @@ class FlashBackend:
         build(plan.source, plan.defines, facts.capability, specific=path == "hopper")
 
     def attend(self, path: str, shape: ShapeClass, case: Case) -> np.ndarray:
-        import cupy
-
-        facts = device_facts(cuda_index(shape.device))
-        with cupy.cuda.Device(facts.index):
-            q, k, v = (cupy.asarray(array) for array in (case.q, case.k, case.v))
-            problem = check(q, k, v, causal=shape.causal, kv_lengths=case.kv_lengths, cu_seqlens=case.cu_seqlens)
-            return np.asarray(launch(path, problem, facts).get())
+        return attend(path, shape, case)
 
     def _plan(self, path: str, shape: ShapeClass, facts: DeviceFacts) -> LaunchPlan | None:
         """The plan of the path's tiny case, which is a host problem of the same sizes."""

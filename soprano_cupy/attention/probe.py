@@ -10,7 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,6 +65,14 @@ class Verdict:
     paths: tuple[str, ...] = ()
 
 
+class PathError(Exception):
+    """A kernel failed where its class was thought to work."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(reason)
+        self.path = path
+
+
 @dataclass(frozen=True)
 class Case:
     """A small call of packed queries on a cache, in host arrays of the class's dtype."""
@@ -117,12 +125,20 @@ class Prober:
                     _warn(shape, verdict.reason)
             return self._verdicts[shape]
 
-    def fail(self, shape: ShapeClass, reason: str) -> None:
-        """Drop a class whose kernels failed after the probe."""
+    def fail(self, shape: ShapeClass, error: PathError) -> Verdict:
+        """Drop a kernel that failed after the probe, and the class with it unless another can stand in."""
         with self._lock:
-            if self._verdicts[shape].usable:
-                self._verdicts[shape] = Verdict(False, reason)
-                _warn(shape, reason)
+            verdict = self._verdicts[shape]
+            if not verdict.usable or error.path not in verdict.paths:  # another thread was first
+                return verdict
+            if error.path in REQUIRED_PATHS:
+                verdict = Verdict(False, str(error))
+                _warn(shape, verdict.reason)
+            else:
+                verdict = replace(verdict, paths=tuple(path for path in verdict.paths if path != error.path))
+                _warn_path(error.path, shape, str(error))
+            self._verdicts[shape] = verdict
+            return verdict
 
     def _try(self, shape: ShapeClass) -> Verdict:
         try:
@@ -254,3 +270,7 @@ def lost_gpu(error: BaseException) -> DeviceError:
 
 def _warn(shape: ShapeClass, reason: str) -> None:
     log.warning("flash attention is off for %s: %s; standard attention is used instead", shape, reason)
+
+
+def _warn_path(path: str, shape: ShapeClass, reason: str) -> None:
+    log.warning("the %s attention kernel is off for %s: %s; a slower flash kernel is used instead", path, shape, reason)
