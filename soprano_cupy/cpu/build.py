@@ -10,18 +10,26 @@ from pathlib import Path
 
 from setuptools import Extension
 
-COMPILE_ARGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden"]
+FOLDER = Path("soprano_cupy/cpu")
+COMPILE_ARGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
 
 
 def cpu_extensions() -> list[Extension]:
     """Extensions with paths relative to the project's root, where setup.py runs."""
-    folder = Path("soprano_cupy/cpu")
-    return [
-        Extension(
-            "soprano_cupy.cpu._math",
-            [str(folder / "_math.pyx"), str(folder / "csrc/gelu.c")],
-            include_dirs=[str(folder / "csrc")],
-            depends=[str(folder / "csrc/simd.h"), str(folder / "csrc/gelu.h")],
-            extra_compile_args=COMPILE_ARGS,
-        )
-    ]
+    return [_extension("_math", ["gelu.c"]), _extension("_engine", [p.name for p in _sources() if p.name != "gelu.c"])]
+
+
+def _sources() -> list[Path]:
+    return sorted((FOLDER / "csrc").glob("*.c"))
+
+
+def _extension(name: str, sources: list[str]) -> Extension:
+    csrc = FOLDER / "csrc"
+    return Extension(
+        f"soprano_cupy.cpu.{name}",
+        [str(FOLDER / f"{name}.pyx"), *(str(csrc / source) for source in sources)],
+        include_dirs=[str(csrc)],
+        depends=[str(path) for path in sorted(csrc.glob("*.h"))],
+        extra_compile_args=COMPILE_ARGS,
+        extra_link_args=["-pthread"],
+    )

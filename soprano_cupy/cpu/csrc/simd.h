@@ -37,6 +37,50 @@ INLINE vf v_select(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & 
 
 INLINE vf v_abs(vf x) { return (vf)((vi)x & v_set_int(0x7fffffff)); }
 
+INLINE vf v_max(vf a, vf b) { return v_select(a > b, a, b); }
+
+/* bfloat16 is the upper half of float32. */
+INLINE vf v_widen(const uint16_t *bits) {
+    vh halves;
+    memcpy(&halves, bits, sizeof halves);
+    return (vf)(__builtin_convertvector(halves, vu) << 16);
+}
+
+/* The lower and the upper bfloat16 of each 32-bit word. */
+INLINE vf v_low_half(vu words) { return (vf)(words << 16); }
+
+INLINE vf v_high_half(vu words) { return (vf)(words & 0xffff0000u); }
+
+/* Round to nearest even; finite values and infinities only. */
+INLINE vu v_bfloat16(vf x) {
+    vu word = (vu)x;
+    return (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+}
+
+INLINE void v_narrow(uint16_t *bits, vf x) {
+    vh halves = __builtin_convertvector(v_bfloat16(x), vh);
+    memcpy(bits, &halves, sizeof halves);
+}
+
+/* Sum and maximum of the lanes, halving: the order is fixed. */
+INLINE float v_sum(vf x) {
+    float lanes[VEC_FLOATS];
+    v_store(lanes, x);
+    for (int width = VEC_FLOATS / 2; width; width /= 2) {
+        for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+    }
+    return lanes[0];
+}
+
+INLINE float v_largest(vf x) {
+    float lanes[VEC_FLOATS];
+    v_store(lanes, x);
+    for (int width = VEC_FLOATS / 2; width; width /= 2) {
+        for (int i = 0; i < width; i++) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    }
+    return lanes[0];
+}
+
 /* The nearest whole number, for |x| < 2^22; adding the magic constant pushes the fraction out of the
  * significand (so -ffast-math is not for these files). */
 INLINE vf v_round(vf x) {

@@ -1,0 +1,21 @@
+#define _GNU_SOURCE
+#include "arena.h"
+
+#include <sys/mman.h>
+
+#define HUGE_PAGE ((size_t)2 << 20)
+
+/* Whole huge pages, so that the system can align them. */
+static size_t mapped_bytes(size_t bytes) { return (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE; }
+
+void *map_memory(size_t bytes, int huge) {
+    int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void *memory = mmap(NULL, mapped_bytes(bytes), PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (memory == MAP_FAILED) return NULL;
+    if (huge) madvise(memory, mapped_bytes(bytes), MADV_HUGEPAGE);
+    return memory;
+}
+
+void unmap_memory(void *memory, size_t bytes) {
+    if (memory) munmap(memory, mapped_bytes(bytes));
+}

@@ -1,0 +1,164 @@
+#include "matrix.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "team.h"
+
+Matrix matrix_shape(int dtype, int outputs, int inputs) {
+    int scale_bytes = dtype == INT8 ? BLOCK * 2 : 0;
+    return (Matrix){
+        .dtype = dtype,
+        .outputs = outputs,
+        .inputs = inputs,
+        .blocks = ceil_div(outputs, BLOCK),
+        .tiles = ceil_div(inputs, tile_depth(dtype)),
+        .tile_bytes = PANELS * PANEL_BYTES + scale_bytes,
+    };
+}
+
+static size_t round_up(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
+
+static size_t element_bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
+
+size_t operand_bytes(int dtype, int rows, int inputs) {
+    size_t tiles = ceil_div(inputs, tile_depth(dtype)), stride = tiles * tile_depth(dtype);
+    /* bfloat16 weights meet float32 rows where there is no bfloat16 unit: room for either */
+    size_t data = rows * stride * element_bytes(dtype == BFLOAT16 ? FLOAT32 : dtype);
+    return round_up(data) + round_up(rows * sizeof(float)) + round_up(rows * tiles * sizeof(int32_t));
+}
+
+void operand_place(Operand *x, int dtype, int rows, int inputs, void *memory) {
+    uint8_t *p = memory;
+    x->dtype = dtype;
+    x->rows = rows;
+    x->tiles = ceil_div(inputs, tile_depth(dtype));
+    x->stride = x->tiles * tile_depth(dtype);
+    x->data = p;
+    p += round_up((size_t)rows * x->stride * element_bytes(dtype == BFLOAT16 ? FLOAT32 : dtype));
+    x->scales = (float *)p;
+    x->sums = (int32_t *)(p + round_up(rows * sizeof(float)));
+}
+
+/* ---- packing ---- */
+
+typedef struct Packing {
+    Matrix *matrix;
+    const Source *sources;
+    int count;
+} Packing;
+
+static float bfloat16_value(uint16_t bits) {
+    uint32_t word = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+static uint16_t bfloat16_nearest(float value) {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    return (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+/* The smallest bfloat16 that is not below a value >= 0. */
+static uint16_t bfloat16_above(float value) {
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    return (uint16_t)((word + 0xffff) >> 16);
+}
+
+/* Which source row becomes `output`, or NULL: *dtype says how to read it. */
+static const void *source_row(const Packing *packing, int output, int *dtype) {
+    size_t inputs = packing->matrix->inputs;
+    for (int i = 0; i < packing->count; i++) {
+        const Source *s = &packing->sources[i];
+        int row = output - s->first;
+        if (s->interleave) {
+            if (row < 0 || row % 32 >= PANEL) continue;
+            row = row / BLOCK * 32 + row % BLOCK / 32 * PANEL + row % PANEL;
+        }
+        if (row < 0 || row >= s->rows) continue;
+        *dtype = s->dtype;
+        return (const uint8_t *)s->data + row * inputs * element_bytes(s->dtype);
+    }
+    return NULL;
+}
+
+/* `count` values from input `first` on as float32, zero-padded to `depth`. */
+static void read_values(const void *row, int dtype, int first, int count, int depth, float *values) {
+    memset(values, 0, depth * sizeof *values);
+    if (row == NULL) return;
+    if (dtype == FLOAT32) {
+        memcpy(values, (const float *)row + first, count * sizeof *values);
+        return;
+    }
+    const uint16_t *bits = (const uint16_t *)row + first;
+    for (int i = 0; i < count; i++) values[i] = bfloat16_value(bits[i]);
+}
+
+/* 64 values to bytes and their scale: the largest maps to 127, none is clipped. */
+static uint16_t quantise(const float values[INT8_GROUP], uint8_t bytes[INT8_GROUP]) {
+    float largest = 0;
+    for (int i = 0; i < INT8_GROUP; i++) {
+        float magnitude = fabsf(values[i]);
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    uint16_t scale = bfloat16_above(largest / 127.0f);
+    float inverse = largest > 0 ? 1.0f / bfloat16_value(scale) : 0;
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number in the low bits */
+    for (int i = 0; i < INT8_GROUP; i++) {
+        float shifted = values[i] * inverse + magic;
+        int32_t word;
+        memcpy(&word, &shifted, sizeof word);
+        bytes[i] = (uint8_t)(word + 128);
+    }
+    return scale;
+}
+
+/* One row's share of a tile as 16 words; returns its scale for int8. */
+static uint16_t encode(int dtype, const float *values, uint32_t words[WORDS]) {
+    if (dtype == INT8) return quantise(values, (uint8_t *)words);
+    if (dtype == FLOAT32) {
+        memcpy(words, values, WORDS * sizeof *words);
+        return 0;
+    }
+    uint16_t *bits = (uint16_t *)words;
+    for (int i = 0; i < 2 * WORDS; i++) bits[i] = bfloat16_nearest(values[i]);
+    return 0;
+}
+
+static void pack_tile(const Matrix *m, int panel, int tile, const void *rows[PANEL], const int dtypes[PANEL]) {
+    int depth = tile_depth(m->dtype), first = tile * depth;
+    int count = m->inputs - first < depth ? m->inputs - first : depth;
+    uint8_t *base = (uint8_t *)matrix_tile(m, panel / PANELS, tile);
+    uint32_t(*target)[PANEL] = (uint32_t(*)[PANEL])(base + panel % PANELS * PANEL_BYTES);
+    uint16_t *scales = (uint16_t *)(base + PANELS * PANEL_BYTES) + panel % PANELS * PANEL;
+    uint32_t words[PANEL][WORDS];
+    for (int n = 0; n < PANEL; n++) {
+        float values[INT8_GROUP];
+        read_values(rows[n], dtypes[n], first, count, depth, values);
+        uint16_t scale = encode(m->dtype, values, words[n]);
+        if (m->dtype == INT8) scales[n] = scale;
+    }
+    for (int k = 0; k < WORDS; k++) {
+        for (int n = 0; n < PANEL; n++) target[k][n] = words[n][k];
+    }
+}
+
+static void pack_panels(Team *team, int member, void *argument) {
+    const Packing *packing = argument;
+    const Matrix *m = packing->matrix;
+    (void)member;
+    for (int panel; (panel = team_take(team, m->blocks * PANELS)) >= 0;) {
+        const void *rows[PANEL];
+        int dtypes[PANEL] = {0};
+        for (int n = 0; n < PANEL; n++) rows[n] = source_row(packing, panel * PANEL + n, &dtypes[n]);
+        for (int tile = 0; tile < m->tiles; tile++) pack_tile(m, panel, tile, rows, dtypes);
+    }
+}
+
+void matrix_pack(Matrix *m, const Source *sources, int count) {
+    Packing packing = {m, sources, count};
+    team_run(pack_panels, &packing);
+}
