@@ -226,7 +226,8 @@ def test_serves_groups_that_fill_a_tile():
         ({}, 1, 10 * 2),  # 300 tokens of 4 heads in tiles of 32 tokens, 2 sequences
         ({"seqlen_q": 1}, 1, 2),
         ({"num_heads": 8, "num_kv_heads": 8, "seqlen_q": 129}, 1, 2 * 8 * 2),
-        ({"seqlen_q": 16384}, 1, 132),  # 1,024 tiles on persistent blocks
+        ({"seqlen_q": 4096}, 1, 132),  # 256 tiles on persistent blocks
+        ({"seqlen_q": 16384}, 1, 1024),  # more than two a multiprocessor: one a block
         ({"seqlen_q": 16384}, 2, 1024 * 2),
         ({}, 4, 10 * 2 * 4),
     ],
@@ -243,7 +244,7 @@ def test_the_grid_covers_every_row(sizes, splits, blocks):
 
 @pytest.mark.parametrize(
     ("batch", "tokens", "head_dim", "splits"),
-    [(1, 1024, 128, 4), (1, 4096, 128, 2), (1, 16384, 128, 1), (8, 1024, 128, 1), (1, 1024, 64, 2), (1, 100, 128, 1)],
+    [(1, 1024, 128, 2), (1, 4096, 128, 2), (1, 16384, 128, 1), (8, 1024, 128, 1), (1, 1024, 64, 2), (1, 100, 128, 1)],
 )
 def test_keys_are_split_until_the_gpu_is_full(batch, tokens, head_dim, splits):
     call = problem(batch=batch, seqlen_q=tokens, seqlen_k=tokens, head_dim=head_dim)

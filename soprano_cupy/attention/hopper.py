@@ -24,7 +24,8 @@ COMPUTE_CAPABILITY = 90  # wgmma and setmaxnreg exist on this architecture alone
 WARPGROUP_THREADS = 128
 WARPGROUP_ROWS = 64  # query rows of one warpgroup's wgmma
 BLOCK_KEYS = 128  # BLOCK_N of the kernel
-MERGE_COST_BLOCKS = 1.0  # what merging the blocks of a tile costs, in key blocks
+MERGE_COST_BLOCKS = {1: 0.0, 2: 1.6, 4: 7.0}  # what merging so many blocks of a tile costs, in key blocks (H200)
+PERSISTENT_WAVES = 2  # more tiles a multiprocessor than this run better one a block: 395 us against 414 us at 16,384
 PANEL_COLUMNS = 64  # 16-bit elements in one 128-byte swizzled row
 ALIGNMENT_BYTES = 1024  # of a tile: the swizzle's period
 ELEMENT_BYTES = 2
@@ -132,14 +133,14 @@ def choose_splits(problem: Problem, multiprocessors: int) -> int:
     spread = tiles * (shortest + longest) / 2 / multiprocessors
 
     def estimate(splits: int) -> float:
-        return max(longest / splits, spread) + (MERGE_COST_BLOCKS if splits > 1 else 0)
+        return max(longest / splits, spread) + MERGE_COST_BLOCKS[splits]
 
-    return min((s for s in (1, 2, 4) if problem.head_dim % (32 * s) == 0), key=estimate)
+    return min((s for s in MERGE_COST_BLOCKS if problem.head_dim % (32 * s) == 0), key=estimate)
 
 
 @dataclass(frozen=True)
 class TileGrid:
-    """A cluster of `splits` blocks for each tile; unsplit, at most one persistent block on each multiprocessor."""
+    """A cluster of `splits` blocks for each tile; unsplit, one block a tile, or a persistent one a multiprocessor."""
 
     rows: int  # query rows of a tile
     splits: int
@@ -147,7 +148,8 @@ class TileGrid:
 
     def __call__(self, *, batch: int, seqlen_q: int, num_heads: int, num_kv_heads: int) -> tuple[int, int, int]:
         tiles = self.tiles(batch, seqlen_q, num_heads, num_kv_heads)
-        return (min(tiles, self.multiprocessors) if self.splits == 1 else tiles * self.splits, 1, 1)
+        persistent = self.splits == 1 and tiles <= PERSISTENT_WAVES * self.multiprocessors
+        return (min(tiles, self.multiprocessors) if persistent else tiles * self.splits, 1, 1)
 
     def tiles(self, batch: int, seqlen_q: int, num_heads: int, num_kv_heads: int) -> int:
         """Tiles over all sequences and KV heads, those past a short sequence's end included."""
