@@ -47,13 +47,30 @@ def wav_bytes(samples: np.ndarray, *, as_float: bool = False) -> bytes:
 
 
 def write_wav(path: str | os.PathLike[str], samples: np.ndarray, *, as_float: bool = False) -> None:
-    """Write a mono 32 kHz WAV file whole or not at all; `OutputError` says why it could not be."""
+    """Write a mono 32 kHz WAV file whole or not at all; `OutputError` says why it could not be.
+
+    A link's target is replaced, not the link; a device or a named pipe is written to as it is.
+    """
     target = Path(path)
     check_writable(target)
     data = wav_bytes(samples, as_float=as_float)
+    try:
+        if _is_special(target):
+            with target.open("wb") as file:
+                file.write(data)
+        else:
+            _replace(target.resolve(), data)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(_explain(target, error)) from error
+
+
+def _replace(target: Path, data: bytes) -> None:
+    """Write a file beside `target` that takes its name once everything is on disk."""
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f".{target.name[:40]}.", suffix=".part", dir=target.parent)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
@@ -61,8 +78,6 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, *, as_float: bo
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, target)
         temporary = None
-    except OSError as error:
-        raise OutputError(_explain(target, error)) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -71,12 +86,24 @@ def write_wav(path: str | os.PathLike[str], samples: np.ndarray, *, as_float: bo
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raise `OutputError` now if a file at `path` could not be written later."""
     target = Path(path)
-    if target.is_dir():
-        raise OutputError(f"{target} is a folder; name a file in it, for example {target / 'speech.wav'}")
-    if not target.parent.is_dir():
-        raise OutputError(f"folder {target.parent} does not exist; create it first (mkdir -p {target.parent})")
+    try:
+        if target.is_dir():
+            raise OutputError(f"{target} is a folder; name a file in it, for example {target / 'speech.wav'}")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise OutputError(f"{target} is not writable; choose another place for the output")
+        if _is_special(target):
+            return
+        if not target.parent.is_dir():
+            raise OutputError(f"folder {target.parent} does not exist; create it first (mkdir -p {target.parent})")
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte in it
+        raise OutputError(f"{str(target)!r:.80} cannot be a file's name ({error}); choose another") from error
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise OutputError(f"folder {target.parent} is not writable; choose another place for the output")
+
+
+def _is_special(path: Path) -> bool:
+    """Whether something is there that must not be replaced by a file: a device, a named pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:

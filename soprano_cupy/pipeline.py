@@ -40,7 +40,8 @@ class SopranoTTS:
     `backend`, `cache_size_mb`, `decoder_batch_size` and `model_path` are accepted for programs written for the
     PyTorch package; only `model_path` has an effect: it is `model` by another name.
 
-    Attributes: `model` (name, folder, reason), `device`, `engine`, and `timings` of the last finished call.
+    Attributes: `model` (name, folder, reason), `device`, `engine`, and `timings` of the last call, which fill
+    up while it runs.
     """
 
     def __init__(
@@ -157,6 +158,7 @@ class SopranoTTS:
     def _stream(
         self, requests: list[Request], chunk_samples: int, retries: int, timings: Timings, begin: float
     ) -> Iterator[np.ndarray]:
+        self.timings = timings
         for request in requests:
             held = np.empty(0, np.float32)
             for piece in self.engine.stream(request, retries, timings):
@@ -168,7 +170,6 @@ class SopranoTTS:
             if len(held):
                 timings.first_audio_s = timings.first_audio_s or time.perf_counter() - begin
                 yield held
-        self.timings = timings
 
     def _speak(self, texts: Sequence[str], params: SamplingParams, retries: int) -> list[np.ndarray]:
         retries = _check_retries(retries)
@@ -180,11 +181,9 @@ class SopranoTTS:
                 per_text.append(self._requests(text, params))
             except TextError as error:
                 raise TextError(f"texts[{index}]: {error}" if len(texts) > 1 else str(error)) from None
-        timings = Timings(text_s=time.perf_counter() - begin)
+        self.timings = timings = Timings(text_s=time.perf_counter() - begin)
         audio = iter(self.engine.speak([r for requests in per_text for r in requests], retries, timings))
-        joined = [np.concatenate([next(audio) for _ in requests]) for requests in per_text]
-        self.timings = timings
-        return joined
+        return [np.concatenate([next(audio) for _ in requests]) for requests in per_text]
 
     def _requests(self, text: Any, params: SamplingParams) -> list[Request]:
         """One request for each sentence; sentence i draws from random stream i."""
