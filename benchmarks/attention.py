@@ -41,6 +41,7 @@ from soprano_cupy.attention import flash, select_attention, standard_attention
 from soprano_cupy.attention.arguments import check
 from soprano_cupy.attention.dispatch import best_attention
 from soprano_cupy.cuda.module import device_facts
+from soprano_cupy.errors import SopranoError
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 1, 128
 ELEMENT_BYTES = 2
@@ -331,7 +332,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="result file; benchmarks/results/<gpu>-attention.json by default")
     parser.add_argument("--plot", type=Path, help="also draw time and memory against length to this file")
     options = parser.parse_args()
-    choice = select_attention("flash", device="cuda:0", dtype="bfloat16")
+    try:
+        choice = select_attention("flash", device="cuda:0", dtype="bfloat16")
+    except SopranoError as error:
+        raise SystemExit(str(error)) from error
     facts = machine_facts(gpu=True)
     sys.stdout.write(f"{facts['gpu']}, {choice.reason}\n")
     benchmark = Benchmark(gpu_limits())

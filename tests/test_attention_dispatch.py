@@ -124,11 +124,12 @@ def test_each_failure_falls_back_with_one_warning(name: str, use: Any, caplog: p
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_each_failure_raises_when_flash_was_asked_for(name: str, use: Any) -> None:
+def test_each_failure_raises_when_flash_was_asked_for(name: str, use: Any, caplog: pytest.LogCaptureFixture) -> None:
     backend, reason = FAILURES[name]
     use(backend)
     with pytest.raises(AttentionUnavailable, match="flash attention cannot be used for cuda:0.*" + reason):
         select("flash")
+    assert caplog.records == []
 
 
 def assert_matches(pattern: str, text: str) -> None:

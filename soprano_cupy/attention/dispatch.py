@@ -120,6 +120,7 @@ def select_attention(
         return AttentionChoice("flash", verdict.reason, flash_attention if mode == "flash" else best_attention)
     if mode == "flash":
         raise AttentionUnavailable(_unavailable(shape, verdict.reason))
+    prober.warn(shape)
     return AttentionChoice("standard", verdict.reason, standard_attention)
 
 
@@ -153,6 +154,7 @@ def _best(problem: Problem) -> Array:
             return flash.run(problem, verdict.paths)
         except PathError as error:
             verdict = prober.fail(shape, error)
+    prober.warn(shape)
     return standard.run(problem)
 
 

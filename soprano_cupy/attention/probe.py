@@ -104,11 +104,12 @@ class Backend(Protocol):
 
 
 class Prober:
-    """Verdicts of one backend, each reached once; a failed class is logged with one warning."""
+    """Verdicts of one backend, each reached once."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._verdicts: dict[ShapeClass, Verdict] = {}
+        self._warned: set[ShapeClass] = set()
         self._lock = threading.RLock()
 
     def known(self, shape: ShapeClass) -> Verdict | None:
@@ -119,11 +120,16 @@ class Prober:
         """The verdict, after trying the kernels when the class is new. A lost GPU raises `DeviceError`."""
         with self._lock:
             if shape not in self._verdicts:
-                verdict = self._try(shape)
-                self._verdicts[shape] = verdict
-                if not verdict.usable:
-                    _warn(shape, verdict.reason)
+                self._verdicts[shape] = self._try(shape)
             return self._verdicts[shape]
+
+    def warn(self, shape: ShapeClass) -> None:
+        """Log, once for each class, that standard attention takes the place of flash, and why."""
+        with self._lock:
+            if shape not in self._warned:
+                self._warned.add(shape)
+                reason = self._verdicts[shape].reason
+                log.warning("flash attention is off for %s: %s; standard attention is used instead", shape, reason)
 
     def fail(self, shape: ShapeClass, error: PathError) -> Verdict:
         """Drop a kernel that failed after the probe, and the class with it unless another can stand in."""
@@ -133,7 +139,6 @@ class Prober:
                 return verdict
             if error.path in REQUIRED_PATHS:
                 verdict = Verdict(False, str(error))
-                _warn(shape, verdict.reason)
             else:
                 verdict = replace(verdict, paths=tuple(path for path in verdict.paths if path != error.path))
                 _warn_path(error.path, shape, str(error))
@@ -266,10 +271,6 @@ def lost_gpu(error: BaseException) -> DeviceError:
         f"the GPU stopped with an error that this process cannot recover from ({explain(error)}); "
         "start again with SOPRANO_ATTENTION=standard, and please report it"
     )
-
-
-def _warn(shape: ShapeClass, reason: str) -> None:
-    log.warning("flash attention is off for %s: %s; standard attention is used instead", shape, reason)
 
 
 def _warn_path(path: str, shape: ShapeClass, reason: str) -> None:
