@@ -152,7 +152,7 @@ def _folders() -> Iterator[Finding]:
     from ..checkpoint import hub
     from ..cuda import cache
 
-    for name, folder in (("voices", hub.cache_folder()), ("kernels", cache.cache_folder())):
+    for name, folder in (("voice", hub.cache_folder()), ("kernel", cache.cache_folder())):
         if folder is None:
             yield Finding(WRONG, f"{name} folder", "there is no home folder; set SOPRANO_CACHE_DIR")
             continue

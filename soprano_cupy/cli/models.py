@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import settings
-from ..errors import OutputError
+from ..errors import CheckpointError, OutputError
 from .console import echo, say
 from .options import download
 
@@ -74,6 +74,8 @@ def _clear(model_id: str | None) -> int:
     from ..checkpoint import hub
     from ..cuda import cache as kernels
 
+    if model_id is not None and model_id not in {model.model_id for model in hub.cached_models()}:
+        raise CheckpointError(f"{model_id} is not in the cache; soprano-cupy cache shows what is")
     freed = hub.clear_cache(model_id)
     if model_id is None:
         for file in _kernel_files(kernels.cache_folder()):
