@@ -22,6 +22,7 @@ from .launch import LaunchPlan
 from .probe import Case, PathError, ShapeClass, compare, explain, is_sticky, lost_gpu, tiny_case
 from .problem import Array, Problem, kernel_ready, pack_params
 
+PATHS = ("decode", "prefill", "hopper")
 OLDEST_CAPABILITY = (7, 0)
 HEAD_DIMS = (32, 64, 128)
 DTYPES = ("float16", "bfloat16", "float32")
@@ -159,7 +160,7 @@ class FlashBackend:
         return None
 
     def paths(self, shape: ShapeClass, facts: DeviceFacts) -> tuple[str, ...]:
-        return tuple(path for path in ("decode", "prefill", "hopper") if self._plan(path, shape, facts) is not None)
+        return tuple(path for path in PATHS if self._plan(path, shape, facts) is not None)
 
     def compile(self, path: str, shape: ShapeClass, facts: DeviceFacts) -> None:
         plan = self._plan(path, shape, facts)
