@@ -21,7 +21,6 @@ constexpr int WARP_ROWS = 16 * ROW_TILES;
 constexpr int ROWS = WARPS_M * WARP_ROWS;
 constexpr int WARP_KEYS = BLOCK_KEYS / WARPS_N;
 constexpr int DEPTH_STEPS = HEAD_DIM / 16;  // tensor-core products along a row of Q and K
-constexpr int KEY_STEPS = WARP_KEYS / 16;   // tensor-core products along the keys of P and V
 constexpr unsigned TILE_BYTES = BLOCK_KEYS * ROW_BYTES;
 constexpr unsigned STAGE_BYTES = 2 * TILE_BYTES;  // K, then V
 
@@ -40,7 +39,6 @@ struct WarpTile {
 
 typedef unsigned QueryFragments[ROW_TILES][DEPTH_STEPS][4];
 typedef float Scores[ROW_TILES][WARP_KEYS / 8][4];
-typedef unsigned Weights[ROW_TILES][KEY_STEPS][4];
 
 DEVICE void copy_queries_async(const AttentionParams& params, const RowTile& tile, unsigned q_smem) {
 #pragma unroll
@@ -60,8 +58,8 @@ DEVICE void multiply_qk(Scores& s_rmem, const QueryFragments& q_rmem, unsigned q
         for (int n = 0; n < WARP_KEYS / 8; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i) s_rmem[m][n][i] = 0.0f;
-    const unsigned q_lane_smem = q_warp_smem + lane_offset_rows_first(lane_index());
-    const unsigned k_lane_smem = k_warp_smem + lane_offset_columns_first(lane_index());
+    const unsigned q_lane_smem = opaque(q_warp_smem + lane_offset_rows_first(lane_index()));
+    const unsigned k_lane_smem = opaque(k_warp_smem + lane_offset_columns_first(lane_index()));
 #pragma unroll
     for (int d = 0; d < DEPTH_STEPS; ++d) {
         unsigned a_rmem[ROW_TILES][4];
@@ -138,41 +136,37 @@ DEVICE void raise_references(WarpTile& warp, const float (&maxima)[ROW_TILES][2]
         }
 }
 
-// P = 2^(S - reference), rounded to the A operand of P V. The accumulator of two neighbouring 8-column products holds
-// the very elements that the lane needs there, so P never leaves its registers.
-DEVICE void form_weights(Weights& p_rmem, WarpTile& warp, const Scores& s_rmem, float scale_log2) {
+// O += P V for this warp's rows and keys, 16 keys at a time. P = 2^(S - reference) is rounded to the A operand: the
+// accumulators of two neighbouring 8-column products hold the very elements that the lane needs there, so P never
+// leaves its registers, and the exponentials of the next keys overlap the products of these.
+DEVICE void multiply_pv(WarpTile& warp, const Scores& s_rmem, float scale_log2, unsigned v_warp_smem) {
+    const unsigned v_lane_smem = opaque(v_warp_smem + lane_offset_rows_first(lane_index()));
 #pragma unroll
-    for (int m = 0; m < ROW_TILES; ++m)
+    for (int k = 0; k < WARP_KEYS / 16; ++k) {
+        unsigned p_rmem[ROW_TILES][4];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float reference = warp.state[m][half].reference();
-            float sum = 0.0f;
+        for (int m = 0; m < ROW_TILES; ++m)
 #pragma unroll
-            for (int n = 0; n < WARP_KEYS / 8; ++n) {
-                const float low = softmax_exp2(fused_multiply_add(s_rmem[m][n][2 * half], scale_log2, -reference));
-                const float high = softmax_exp2(fused_multiply_add(s_rmem[m][n][2 * half + 1], scale_log2, -reference));
-                sum += low + high;
-                p_rmem[m][n / 2][n % 2 * 2 + half] = pack2(low, high);
+            for (int i = 0; i < 4; ++i) {
+                const int half = i % 2;
+                const float reference = warp.state[m][half].reference();
+                const float* s_pair_rmem = &s_rmem[m][2 * k + i / 2][2 * half];
+                const float low = softmax_exp2(fused_multiply_add(s_pair_rmem[0], scale_log2, -reference));
+                const float high = softmax_exp2(fused_multiply_add(s_pair_rmem[1], scale_log2, -reference));
+                warp.state[m][half].sum += low + high;
+                p_rmem[m][i] = pack2(low, high);
             }
-            warp.state[m][half].sum += sum;
-        }
-}
-
-// O += P V for this warp's rows and keys.
-DEVICE void multiply_pv(WarpTile& warp, const Weights& p_rmem, unsigned v_warp_smem) {
-    const unsigned v_lane_smem = v_warp_smem + lane_offset_rows_first(lane_index());
-#pragma unroll
-    for (int k = 0; k < KEY_STEPS; ++k)
 #pragma unroll
         for (int n = 0; n < HEAD_DIM / 16; ++n) {
             unsigned b_rmem[4];
             load_matrix_x4_trans(b_rmem, step_columns(v_lane_smem, n) + k * 16 * ROW_BYTES);
 #pragma unroll
             for (int m = 0; m < ROW_TILES; ++m) {
-                mma_16x8x16(warp.o_rmem[m][2 * n], p_rmem[m][k], b_rmem[0], b_rmem[1]);
-                mma_16x8x16(warp.o_rmem[m][2 * n + 1], p_rmem[m][k], b_rmem[2], b_rmem[3]);
+                mma_16x8x16(warp.o_rmem[m][2 * n], p_rmem[m], b_rmem[0], b_rmem[1]);
+                mma_16x8x16(warp.o_rmem[m][2 * n + 1], p_rmem[m], b_rmem[2], b_rmem[3]);
             }
         }
+    }
 }
 
 // Adds up the four lanes' shares of each row's sum.
@@ -323,8 +317,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
             for (int i = 0; i < 4; ++i) warp.o_rmem[m][n][i] = 0.0f;
     }
 
-    copy_async_wait<1>();
-    sync_block();  // Q is there
+    // Where Q is read from shared memory in the loop, the loop's first barrier is soon enough.
+    if (Q_IN_REGISTERS || num_blocks == 0) {
+        copy_async_wait<1>();
+        sync_block();  // Q is there
+    }
     const unsigned q_warp_smem = q_smem + warp_m * WARP_ROWS * ROW_BYTES;
     QueryFragments q_rmem;
 #pragma unroll
@@ -353,15 +350,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
 #endif
         copy_async_commit();
 
-        Weights p_rmem;
+        Scores s_rmem;
         if (sees_keys) {
-            Scores s_rmem;
             multiply_qk(s_rmem, q_rmem, q_warp_smem, k_smem + warp_smem);
             if (first_key + WARP_KEYS > warp.full_keys) mask_scores(s_rmem, tile, warp.first_row, first_key);
             float maxima[ROW_TILES][2];
             row_maxima(maxima, s_rmem, params.scale_log2);
             raise_references(warp, maxima);
-            form_weights(p_rmem, warp, s_rmem, params.scale_log2);
         }
 #if STAGES == 1
         copy_async_wait<0>();
@@ -369,13 +364,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
         if (block + 1 < num_blocks) copy_k(block + 1, k_smem);
         copy_async_commit();
 #endif
-        if (sees_keys) multiply_pv(warp, p_rmem, v_smem + warp_smem);
+        if (sees_keys) multiply_pv(warp, s_rmem, params.scale_log2, v_smem + warp_smem);
     }
 
     complete_sums(warp);
+    // Selected again rather than kept: its pointers would hold registers throughout the loop.
+    const RowTile output = select_tile<ROWS>(params);
 #if WARPS_N == 1
-    store_output(params, tile, warp, q_smem);
+    store_output(params, output, warp, q_smem);
 #else
-    merge_and_store(params, tile, warp, warp_n, kv_smem);
+    merge_and_store(params, output, warp, warp_n, kv_smem);
 #endif
 }

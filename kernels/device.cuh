@@ -167,8 +167,9 @@ template <typename T> DEVICE void store_global(void* address, T value) { *static
 // *counter = (*counter >= limit) ? 0 : *counter + 1, returning the old value: a counter that resets itself.
 DEVICE unsigned atomic_increment(unsigned* counter, unsigned limit) { return atomicInc(counter, limit); }
 
-// Orders this thread's global writes before its later atomics, as seen by the whole device.
-DEVICE void fence_device() { __threadfence(); }
+// Orders this thread's global reads and writes before and after, as seen by the whole device; behind a barrier also
+// those of the threads that it waited for. With an atomic after it it releases, before it acquires.
+DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // ---------------------------------------------------------------------------------------------------------------
 // Asynchronous copies, global to shared, 16 bytes each (both sides aligned to 16). Where `valid` is false nothing
@@ -335,27 +336,11 @@ DEVICE float log2_fast(float x) {
 DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float bits_to_float(int bits) { return __int_as_float(bits); }
 
-// ---------------------------------------------------------------------------------------------------------------
-// Streams. Reads data that no thread writes during the launch and that this multiprocessor reads once: it takes no
-// room in L1, and L2 fetches the whole 128-byte line, of which another warp wants the rest.
-template <typename T> DEVICE T load_global_once(const void* address);
-
-#if __CUDA_ARCH__ >= 750
-#define LOAD_ONCE "ld.global.nc.L1::no_allocate.L2::128B"
-#else
-#define LOAD_ONCE "ld.global.nc"
-#endif
-template <> DEVICE uint2 load_global_once<uint2>(const void* address) {
-    uint2 v;
-    asm volatile(LOAD_ONCE ".v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(address));
-    return v;
+// The value itself, of which the compiler does not see where it came from: what is computed from it is not computed
+// ahead and kept in registers.
+DEVICE unsigned opaque(unsigned value) {
+    asm volatile("" : "+r"(value));
+    return value;
 }
-template <> DEVICE uint4 load_global_once<uint4>(const void* address) {
-    uint4 v;
-    asm volatile(LOAD_ONCE ".v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
-    return v;
-}
-#undef LOAD_ONCE
 
 #endif  // SOPRANO_DEVICE_CUH

@@ -30,8 +30,19 @@ import pytest
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 EMULATION = KERNELS / "emulation"
 # Contraction off: a fused multiply-add happens where the source asks for one, as the tests' derivations assume.
-COMPILE_FLAGS = ("-std=c++17", "-march=native", "-ffp-contract=off", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra",
-                 "-Werror", "-Wno-unknown-pragmas", "-Wno-unused-function", "-Wno-unused-const-variable")
+COMPILE_FLAGS = (
+    "-std=c++17",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-U_FORTIFY_SOURCE",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-unused-function",
+    "-Wno-unused-const-variable",
+)
 
 
 class EmulationError(AssertionError):
@@ -42,12 +53,18 @@ class AttentionParams(ctypes.Structure):
     """`kernels/attention_params.cuh`, field by field."""
 
     _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "kv_lengths")]
-        + [(f"{array}_{axis}_stride", ctypes.c_longlong) for array in ("q", "k", "v", "out") for axis in
-           ("batch", "token", "head")]
+        [(name, ctypes.c_void_p) for name in ("q", "k", "v", "out", "lse")]
+        + [(name, ctypes.c_void_p) for name in ("cu_seqlens_q", "cu_seqlens_k", "kv_lengths")]
+        + [
+            (f"{array}_{axis}_stride", ctypes.c_longlong)
+            for array in ("q", "k", "v", "out")
+            for axis in ("batch", "token", "head")
+        ]
         + [("workspace", ctypes.c_void_p)]
-        + [(name, ctypes.c_int) for name in ("batch", "total_q", "seqlen_q", "seqlen_k", "num_heads", "num_kv_heads",
-                                             "splits")]
+        + [
+            (name, ctypes.c_int)
+            for name in ("batch", "total_q", "seqlen_q", "seqlen_k", "num_heads", "num_kv_heads", "splits")
+        ]
         + [("scale_log2", ctypes.c_float)]
     )
 
@@ -57,10 +74,18 @@ class _Buffer(ctypes.Structure):
 
 
 class _Options(ctypes.Structure):
-    _fields_ = [("grid", ctypes.c_uint * 3), ("threads", ctypes.c_uint), ("shared_bytes", ctypes.c_uint),
-                ("cluster", ctypes.c_uint), ("reverse", ctypes.c_int), ("skip_barrier", ctypes.c_int),
-                ("skip_wait", ctypes.c_int), ("skip_warp_barrier", ctypes.c_int), ("num_buffers", ctypes.c_int),
-                ("buffers", ctypes.POINTER(_Buffer))]
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("threads", ctypes.c_uint),
+        ("shared_bytes", ctypes.c_uint),
+        ("cluster", ctypes.c_uint),
+        ("reverse", ctypes.c_int),
+        ("skip_barrier", ctypes.c_int),
+        ("skip_wait", ctypes.c_int),
+        ("skip_warp_barrier", ctypes.c_int),
+        ("num_buffers", ctypes.c_int),
+        ("buffers", ctypes.POINTER(_Buffer)),
+    ]
 
 
 @dataclass(frozen=True)
@@ -77,22 +102,46 @@ class KernelLibrary:
 
     library: ctypes.CDLL
 
-    def launch(self, kernel: str, params: AttentionParams, *, grid: Sequence[int], threads: int, shared_bytes: int,
-               buffers: Sequence[Buffer] = (), cluster: int = 1, reverse: bool = False, skip_barrier: int = -1,
-               skip_wait: int = -1, skip_warp_barrier: int = -1) -> None:
+    def launch(
+        self,
+        kernel: str,
+        params: AttentionParams,
+        *,
+        grid: Sequence[int],
+        threads: int,
+        shared_bytes: int,
+        buffers: Sequence[Buffer] = (),
+        cluster: int = 1,
+        reverse: bool = False,
+        skip_barrier: int = -1,
+        skip_wait: int = -1,
+        skip_warp_barrier: int = -1,
+    ) -> None:
         """Run a grid to its end; EmulationError where the kernel does what it must not.
 
         `skip_*` = n makes every thread ignore its n-th barrier, wait for copies, or warp barrier: sabotage, to show
         that the fault is caught. Without `buffers`, global accesses are not checked.
         """
-        table = (_Buffer * max(1, len(buffers)))(*[
-            _Buffer(b.array.ctypes.data, b.array.nbytes, int(b.writable)) for b in buffers])
-        options = _Options((ctypes.c_uint * 3)(*grid), threads, shared_bytes, cluster, int(reverse), skip_barrier,
-                           skip_wait, skip_warp_barrier, len(buffers), table)
+        table = (_Buffer * max(1, len(buffers)))(
+            *[_Buffer(b.array.ctypes.data, b.array.nbytes, int(b.writable)) for b in buffers]
+        )
+        options = _Options(
+            (ctypes.c_uint * 3)(*grid),
+            threads,
+            shared_bytes,
+            cluster,
+            int(reverse),
+            skip_barrier,
+            skip_wait,
+            skip_warp_barrier,
+            len(buffers),
+            table,
+        )
         message = ctypes.create_string_buffer(1024)
         entry = ctypes.cast(getattr(self.library, kernel), ctypes.c_void_p)
-        if self.library.emulation_launch(entry, ctypes.byref(params), ctypes.byref(options), message,
-                                         ctypes.c_size_t(len(message))):
+        if self.library.emulation_launch(
+            entry, ctypes.byref(params), ctypes.byref(options), message, ctypes.c_size_t(len(message))
+        ):
             raise EmulationError(message.value.decode())
 
 
@@ -129,9 +178,25 @@ def build(source: str | Path, defines: Mapping[str, int | str], arch: int = 800)
 def _build(source: str, defines: tuple[tuple[str, str], ...], arch: int) -> KernelLibrary:
     digest = hashlib.sha256(repr((source, defines, arch)).encode()).hexdigest()[:16]
     target = _build_folder() / f"{Path(source).stem}-{digest}.so"
-    _compile(["-O1", "-shared", "-include", str(EMULATION / "device.cuh"), f"-I{KERNELS}", f"-D__CUDA_ARCH__={arch}",
-              *(f"-D{name}={value}" for name, value in defines), "-x", "c++", str(KERNELS / source), "-x", "none",
-              str(_machine_object()), "-o", str(target)])
+    _compile(
+        [
+            "-O1",
+            "-shared",
+            "-include",
+            str(EMULATION / "device.cuh"),
+            f"-I{KERNELS}",
+            f"-D__CUDA_ARCH__={arch}",
+            *(f"-D{name}={value}" for name, value in defines),
+            "-x",
+            "c++",
+            str(KERNELS / source),
+            "-x",
+            "none",
+            str(_machine_object()),
+            "-o",
+            str(target),
+        ]
+    )
     return KernelLibrary(ctypes.CDLL(str(target)))
 
 
@@ -141,15 +206,23 @@ def poisoned(shape: Sequence[int], dtype: Any, guard: int = 64) -> np.ndarray[An
     itemsize = np.dtype(dtype).itemsize
     storage = np.full(count + 2 * guard + 16 // itemsize, np.nan, dtype=dtype)
     start = guard + (-(storage.ctypes.data // itemsize + guard)) % (16 // itemsize)
-    return storage[start:start + count].reshape(shape)
+    return storage[start : start + count].reshape(shape)
 
 
-def attention_params(q: np.ndarray[Any, Any], k: np.ndarray[Any, Any], v: np.ndarray[Any, Any],
-                     out: np.ndarray[Any, Any], *, lse: np.ndarray[Any, Any] | None = None,
-                     cu_seqlens_q: np.ndarray[Any, Any] | None = None,
-                     cu_seqlens_k: np.ndarray[Any, Any] | None = None,
-                     kv_lengths: np.ndarray[Any, Any] | None = None, workspace: np.ndarray[Any, Any] | None = None,
-                     scale: float | None = None, splits: int = 1) -> tuple[AttentionParams, list[Buffer]]:
+def attention_params(
+    q: np.ndarray[Any, Any],
+    k: np.ndarray[Any, Any],
+    v: np.ndarray[Any, Any],
+    out: np.ndarray[Any, Any],
+    *,
+    lse: np.ndarray[Any, Any] | None = None,
+    cu_seqlens_q: np.ndarray[Any, Any] | None = None,
+    cu_seqlens_k: np.ndarray[Any, Any] | None = None,
+    kv_lengths: np.ndarray[Any, Any] | None = None,
+    workspace: np.ndarray[Any, Any] | None = None,
+    scale: float | None = None,
+    splits: int = 1,
+) -> tuple[AttentionParams, list[Buffer]]:
     """Parameters and the checked buffers of one call.
 
     q and out: (batch, seqlen_q, heads, head_dim), or (total_q, heads, head_dim) with `cu_seqlens_q`; k and v likewise
@@ -164,8 +237,13 @@ def attention_params(q: np.ndarray[Any, Any], k: np.ndarray[Any, Any], v: np.nda
         setattr(params, name, array.ctypes.data)
         for axis, stride in zip(("batch", "token", "head"), [0, *strides][-3:], strict=True):
             setattr(params, f"{name}_{axis}_stride", stride)
-    optional = {"lse": lse, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "kv_lengths": kv_lengths,
-                "workspace": workspace}
+    optional = {
+        "lse": lse,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "kv_lengths": kv_lengths,
+        "workspace": workspace,
+    }
     for name, optional_array in optional.items():
         setattr(params, name, None if optional_array is None else optional_array.ctypes.data)
     params.num_heads, params.num_kv_heads, params.splits = q.shape[-2], k.shape[-2], splits
@@ -186,5 +264,6 @@ def _span(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """The bytes from an array's first element to its last, as a flat array."""
     last = sum((size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True))
     count = max(0, last // array.itemsize + 1) if array.size else 0
-    return np.lib.stride_tricks.as_strided(array.reshape(-1)[:0] if not array.size else array, (count,),
-                                           (array.itemsize,))
+    return np.lib.stride_tricks.as_strided(
+        array.reshape(-1)[:0] if not array.size else array, (count,), (array.itemsize,)
+    )

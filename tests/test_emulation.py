@@ -38,15 +38,18 @@ def test_smoke_kernel_is_right_in_bf16() -> None:
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("fault", "message"), [
-    ({"skip_wait": 0}, "copy into it is in flight"),
-    ({"skip_barrier": 0}, "race on shared memory"),
-    ({"skip_barrier": 1}, "race on shared memory"),
-    ({"skip_warp_barrier": 0}, "race on shared memory"),
-    ({"shared_bytes": 23 * HEAD_DIM * 2}, "outside the 2944 bytes"),
-    ({"threads": 64}, "race on shared memory"),
-    ({"buffers": []}, None),
-])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"skip_wait": 0}, "copy into it is in flight"),
+        ({"skip_barrier": 0}, "race on shared memory"),
+        ({"skip_barrier": 1}, "race on shared memory"),
+        ({"skip_warp_barrier": 0}, "race on shared memory"),
+        ({"shared_bytes": 23 * HEAD_DIM * 2}, "outside the 2944 bytes"),
+        ({"threads": 64}, "race on shared memory"),
+        ({"buffers": []}, None),
+    ],
+)
 def test_faults_are_caught(fault: dict[str, Any], message: str | None) -> None:
     if message is None:  # no buffers named: nothing to check against, so the launch goes through
         run_smoke({"DTYPE_FP16": 1}, np.float16, **fault)

@@ -164,9 +164,7 @@ inline float infinity() { return __builtin_huge_valf(); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline unsigned opaque(unsigned value) { return value; }
 inline float bits_to_float(int bits) { return emulation::float_of_bits(unsigned(bits)); }
-
-// ---- Streams
-template <typename T> T load_global_once(const void* address) { return load_global<T>(address); }
 
 #endif  // SOPRANO_DEVICE_CUH

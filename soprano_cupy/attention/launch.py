@@ -14,9 +14,11 @@ class ProblemSizes(Protocol):
     @property
     def seqlen_q(self) -> int:
         """Queries of the longest sequence."""
+
     @property
     def seqlen_k(self) -> int:
         """Keys of the longest sequence: the capacity of a cache."""
+
     @property
     def num_heads(self) -> int: ...
     @property
@@ -40,3 +42,6 @@ class LaunchPlan:
     shared_memory_bytes: int  # dynamic, of a block; above 48 KB the launcher raises the kernel's limit first
     grid: Grid
     description: str  # one line for -v and doctor
+    splits: int = 1  # AttentionParams.splits
+    # AttentionParams.workspace: zeroed when it is allocated, left fit for the next launch; one launch at a time uses it
+    workspace_bytes: int = 0
