@@ -1,0 +1,160 @@
+"""Which decode kernel serves a call with few queries a sequence, and how it is launched.
+
+One source, `attention_decode.cu`: on tensor cores for fp16 from compute capability 7.5 and bf16 from 8.0 on, in fp32
+arithmetic for everything else. A block of threads takes up to `tile_rows` query rows (query tokens times the query
+heads of one KV head) through one reading of K and V.
+
+The keys of a sequence are cut into splits by a rule of the sequence's own length, and their results are merged in
+order. How many blocks of threads share the splits of a sequence is decided here, from the size of the whole call; it
+does not change a bit of the result.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from .launch import LaunchPlan
+
+MAX_QUERIES = 16
+HEAD_DIMS = (32, 64, 128)
+DTYPE_DEFINES = {"float16": "DTYPE_FP16", "bfloat16": "DTYPE_BF16", "float32": "DTYPE_FP32"}
+MIN_COMPUTE_CAPABILITY = (7, 0)
+TENSOR_CORES_FROM = {"float16": (7, 5), "bfloat16": (8, 0)}
+
+MAX_GRID_YZ = 65_535
+ARRIVAL_BYTES = 16_384  # a counter for each (sequence, KV head, row group) at the start of the workspace
+MAX_SLOTS = ARRIVAL_BYTES // 4
+WARP_TILE_BYTES = 4096  # of K, and of V, that a warp has in flight or in use
+
+# A lone block of threads receives 32 KB of keys and values in about 0.9 microseconds (the memory's latency and its own
+# arithmetic), 36 GB/s of the 31 GB/s that are a multiprocessor's part of 4.1 TB/s. So from somewhat more than one block
+# a multiprocessor on, dividing the sequences gains nothing; below, two for each keep the memory busy.
+ENOUGH_BLOCKS = 1.25  # for each multiprocessor
+BLOCKS_WHEN_DIVIDED = 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One shape of the kernel: the rows of a block of threads, and what follows from them."""
+
+    rows: int
+    tensor_cores: bool
+    head_dim: int
+    item_bytes: int
+
+    @property
+    def block_keys(self) -> int:
+        """Keys that are taken at a time."""
+        return 128 // self.item_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """The unfinished result of a block of threads: 12 floats for 8 outputs of a row, or 4 for one."""
+        floats = 12 * self.rows * self.head_dim // 8 if self.tensor_cores else 4 * self.rows * self.head_dim
+        return 4 * floats
+
+    @property
+    def shared_bytes(self) -> int:
+        """As `attention_decode.cu` lays it out: keys, values, two buffers of scores, states, a word, queries, total."""
+        score_bytes = min(self.rows, 16) * (self.block_keys + 8) * 4
+        if self.tensor_cores:
+            row_states, query_row = 0, self.head_dim * 2 + (0 if self.head_dim == 32 else 64)
+        else:
+            row_states, query_row = self.rows * 8, self.head_dim * 4
+        tiles = 2 * (self.head_dim // 32) * WARP_TILE_BYTES
+        return tiles + 2 * score_bytes + row_states + 16 + self.rows * query_row + self.state_bytes
+
+
+def plan(
+    *,
+    compute_capability: tuple[int, int],
+    dtype: str,
+    head_dim: int,
+    group: int,
+    causal: bool,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    num_kv_heads: int,
+    multiprocessors: int,
+) -> LaunchPlan | None:
+    """The decode launch for such a call; None where this kernel does not serve it.
+
+    group: query heads of one KV head. seqlen_q: queries of the longest sequence, at most 16. seqlen_k: the capacity
+    of the cache, or keys of the longest sequence. multiprocessors: of the GPU.
+    """
+    served = (
+        compute_capability >= MIN_COMPUTE_CAPABILITY
+        and dtype in DTYPE_DEFINES
+        and head_dim in HEAD_DIMS
+        and 1 <= seqlen_q <= MAX_QUERIES
+        and max(batch, num_kv_heads) <= MAX_GRID_YZ
+    )
+    if not served:
+        return None
+    tile = select_tile(compute_capability, dtype, head_dim, seqlen_q * group)
+    row_groups = -(-seqlen_q * group // tile.rows)
+    slots = batch * num_kv_heads * row_groups
+    splits = select_splits(slots, seqlen_k, tile.block_keys, multiprocessors)
+    states = slots * most_splits(seqlen_k, tile.block_keys)
+    return LaunchPlan(
+        source="attention_decode.cu",
+        kernel="attention_decode",
+        defines=(
+            ("HEAD_DIM", head_dim),
+            ("GROUP", group),
+            ("CAUSAL", int(causal and seqlen_q > 1)),  # one query sees every key
+            (DTYPE_DEFINES[dtype], 1),
+            ("TILE_ROWS", tile.rows),
+        ),
+        threads=head_dim,  # a warp for every 32 dimensions
+        shared_memory_bytes=tile.shared_bytes,
+        grid=partial(_grid, tile.rows, splits),
+        description=f"decode {'on tensor cores' if tile.tensor_cores else 'in fp32 arithmetic'}, {tile.rows} query rows "
+        f"a block, {splits} block{'s' if splits > 1 else ''} a sequence",
+        splits=splits,
+        workspace_bytes=0 if splits == 1 else ARRIVAL_BYTES + states * tile.state_bytes,
+    )
+
+
+def select_tile(compute_capability: tuple[int, int], dtype: str, head_dim: int, rows: int) -> Tile:
+    """The smallest tile that takes `rows` query rows, or the largest there is."""
+    tensor_cores = compute_capability >= TENSOR_CORES_FROM.get(dtype, (99, 0))
+    # 32 rows do not fit the 64 KB of Turing at head_dim 128; without tensor cores, more than 8 need too many registers.
+    sizes = (4, 8) if not tensor_cores else (8, 16) if compute_capability < (8, 0) else (8, 16, 32)
+    fitting = next((size for size in sizes if size >= rows), sizes[-1])
+    return Tile(fitting, tensor_cores, head_dim, 4 if dtype == "float32" else 2)
+
+
+def select_splits(slots: int, seqlen_k: int, block_keys: int, multiprocessors: int) -> int:
+    """Blocks of threads for each of `slots` (sequence, KV head, row group); at most one for each split."""
+    if slots >= ENOUGH_BLOCKS * multiprocessors or slots > MAX_SLOTS:
+        return 1
+    return min(most_splits(seqlen_k, block_keys), -(-BLOCKS_WHEN_DIVIDED * multiprocessors // slots))
+
+
+def split_keys(keys: int, block_keys: int) -> int:
+    """Keys in a split of a sequence of `keys` keys: `split_blocks` of kernels/decode_state.cuh.
+
+    A power of two, at least the block, with split**2 >= 2 * keys: the blocks of a split are worked on one after the
+    other, and so are the splits when they are merged.
+    """
+    split = block_keys
+    while split * split < 2 * keys:
+        split *= 2
+    return split
+
+
+def most_splits(capacity: int, block_keys: int) -> int:
+    """The most splits of any sequence of up to `capacity` keys: of all of them, or just before the size doubles."""
+    split = split_keys(capacity, block_keys)
+    before = split // 4 if split > block_keys else 0
+    return max(-(-capacity // split), before)
+
+
+def _grid(
+    tile_rows: int, splits: int, *, batch: int, seqlen_q: int, num_heads: int, num_kv_heads: int
+) -> tuple[int, int, int]:
+    row_groups = -(-seqlen_q * (num_heads // num_kv_heads) // tile_rows)
+    return row_groups * splits, num_kv_heads, batch
