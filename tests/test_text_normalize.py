@@ -57,6 +57,11 @@ def test_documentation_shows_the_same_table() -> None:
     assert text_differences.markdown_table() in page.read_text(encoding="utf-8")
 
 
+def test_documentation_examples_hold() -> None:
+    assert normalize("Dr. Smith paid £3.50.") == "doctor smith paid three pounds, fifty pence."
+    assert build_prompts("Hello world!") == ["[STOP][TEXT]hello world![START]"]
+
+
 MONEY = {
     "$5": "five dollars.",
     "$1": "one dollar.",
@@ -95,6 +100,7 @@ TIMES_AND_DATES = {
     "100:1": "one hundred to one.",
     "2025-01-31T14:30": "january thirty-first, twenty twenty-five, fourteen thirty.",
     "2024-05": "may twenty twenty-four.",
+    "2025/01/31, 2005-5-9": "january thirty-first, twenty twenty-five, may ninth, two thousand five.",
     "2024-13": "twenty twenty-four to thirteen.",
     "12-31-05": "twelve dash thirty-one dash oh five.",
     "Sat. 5 Mar. 2024": "saturday five march twenty twenty-four.",
@@ -113,6 +119,7 @@ FIGURES = {
     "+1 555 123 4567": "plus one, five five five, one two three, four five six seven.",
     "+44 20 7946 0958": "plus four four, two zero, seven nine four six, zero nine five eight.",
     "1-800-555-0199": "one, eight zero zero, five five five, zero one nine nine.",
+    "MA 02110-1301": "ma zero two one one zero, one three zero one.",
     "555-1234": "five five five, one two three four.",
     "978-0-306-40615-7": "nine seven eight, zero, three zero six, four zero six one five, seven.",
     "1,234": "one thousand, two hundred thirty-four.",
@@ -152,6 +159,9 @@ WORDS = {
     "a—b, a – b, a--b": "a, b, a, b, a, b.",
     "don't 'quote' rock 'n' roll": "don't 'quote' rock 'n' roll.",
     "hmmmm www": "hmm w w w.",
+    "As it Is, US and Us, TPUs, IDs, PhDs": "as it is, us and us, tpu's, id's, ph ds.",
+    "std::vector, C<.xs> and /etc/*.c": "std vector, c less than dot xs greater than and slash et cetera slash dot c.",
+    "by Acme, Inc. All rights": "by acme, incorporated. all rights.",
     "user_name@my-site.co.uk": "user name at my-site dot co dot uk.",
     "(see https://x.y/z).": ", see h t t p s colon slash slash x dot y slash z.",
     "~/dir and C:\\dir": "tilde slash dir and c colon backslash dir.",

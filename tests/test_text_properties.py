@@ -98,6 +98,17 @@ def test_lines_are_read_one_by_one(text: str, newline: str) -> None:
     assert both == f"{normalize(line)} next line.".lstrip()
 
 
+@pytest.mark.parametrize("separator", ["", " ", " 5", "a"])
+def test_every_character_of_the_basic_plane(separator: str) -> None:
+    clean = normalize(separator.join(map(chr, range(0x10000))))
+    assert ALPHABET.issuperset(clean)
+
+
+def test_greek_letters_standing_alone_are_named() -> None:
+    assert normalize("Α β Γ μ Σ σ Ω ω") == "alpha beta gamma mu sigma sigma omega omega."
+    assert normalize("τὸ καλόν ή ο") == "to kalon i o."
+
+
 def test_the_alphabet_is_in_every_vocabulary(shared_dir: Path) -> None:
     files = sorted(shared_dir.glob("**/tokenizer.json"))
     assert len(files) >= 3

@@ -69,7 +69,7 @@ _POWER = re.compile("(?<=[0-9)])[⁰¹²³⁴-⁹⁻]{1,36}")
 _NUMBER_DASH = re.compile(r"(?<=[0-9mM]) ?[–‒] ?(?=[0-9])")
 _GROUPING = re.compile("(?<=[0-9])[_\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 _MICRO = re.compile("µ|μ(?=[A-Za-z])")
-_LONE_GREEK = re.compile("(?<![\u0370-\u03ff\u1f00-\u1fff])[Α-ΖΘ-ΝΞΠ-ΨΩα-ζθ-νξπ-ψω](?![\u0370-\u03ff\u1f00-\u1fff])")
+_LONE_GREEK = re.compile("(?<![\u0370-\u03ff\u1f00-\u1fff])[Α-ΖΘ-ΞΠΡΣ-Ωα-ζθ-ξπρσ-ω](?![\u0370-\u03ff\u1f00-\u1fff])")
 _CARRIAGE_RETURN = re.compile(r"\r\n?")
 
 logger = logging.getLogger(__name__)

@@ -53,17 +53,20 @@ _PREPOSITION = re.compile(
 _STOP_KEPT = re.compile(r"\n|$| [A-Z]")
 _CONTEXT = 24  # characters looked at on either side of a name
 
+_NOT_LONGER = r"(?![0-9/-])(?!\.[0-9])"
 _ISO_DATE = re.compile(
-    r"(?<![\w/.,-])(?P<year>[0-9]{4})(?:-(?=[0-9]{2}(?![0-9/]))|/(?=[0-9]{2}/))(?P<month>0[1-9]|1[0-2])"
-    r"(?:[-/](?P<day>0[1-9]|[12][0-9]|3[01]))?(?:(?P<time>T(?=[0-9]{2}:))|(?![0-9/-])(?!\.[0-9]))"
+    r"(?<![\w/.,-])(?P<year>[0-9]{4})(?P<separator>[-/])(?P<month>0?[1-9]|1[0-2])(?P=separator)"
+    rf"(?P<day>0?[1-9]|[12][0-9]|3[01])(?:(?P<time>T(?=[0-9]{{2}}:))|{_NOT_LONGER})"
 )
+_ISO_MONTH = re.compile(rf"(?<![\w/.,-])(?P<year>[0-9]{{4}})-(?P<month>0[1-9]|1[0-2]){_NOT_LONGER}")
 _FIGURES = re.compile(r"(?<![0-9/-])([0-9]{1,2})[/-]([0-9]{1,2})[/-]([0-9]{2}(?:[0-9]{2})?)(?![0-9/-])")
 
 
 def read_dates(text: str) -> str:
     """Short names of days and months where they are meant as such, ISO dates, and dates in figures."""
     text = _NAME.sub(_read_name, text)
-    text = say(_ISO_DATE, _read_iso, text)
+    text = say(_ISO_DATE, _read_iso_date, text)
+    text = say(_ISO_MONTH, lambda match: f"{_month(match)} {year(match['year'])}", text)
     return say(_FIGURES, _read_figures, text)
 
 
@@ -86,11 +89,12 @@ def _is_date_name(name: str, before: str, after: str) -> bool:
     return bool(_PREPOSITION.search(before)) and (ends or (name != "Sun" and after[1:2].islower()))
 
 
-def _read_iso(match: re.Match[str]) -> str:
-    month = _MONTH_BY_NUMBER[int(match["month"]) - 1]
-    if not match["day"]:
-        return f"{month} {year(match['year'])}"
-    return f"{month} {ordinal(match['day'])}, {year(match['year'])}" + (", " if match["time"] else "")
+def _month(match: re.Match[str]) -> str:
+    return _MONTH_BY_NUMBER[int(match["month"]) - 1]
+
+
+def _read_iso_date(match: re.Match[str]) -> str:
+    return f"{_month(match)} {ordinal(match['day'])}, {year(match['year'])}" + (", " if match["time"] else "")
 
 
 def _read_figures(match: re.Match[str]) -> str:

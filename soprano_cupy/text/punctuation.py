@@ -13,7 +13,7 @@ _PLURAL_IN_BRACKETS = re.compile(r"(?<=[A-Za-z])\((e?s)\)")
 _CLOSING_BEFORE_STOP = re.compile(r"[)\]}](?=[.!?,\n]|$)")
 _DOT_IN_WORD = re.compile(r"(?<=[A-Za-z])\.(?=[A-Za-z])")
 _DOT_SENTENCE = re.compile(r"(?<=[a-z]{2})\.(?=[A-Z][a-z])")
-_DOT_FIRST = re.compile(r"(?<![^\s(\"])\.(?=[a-z]|[A-Z]{2})")
+_DOT_FIRST = re.compile(r"(?<![\w.!?,;:)\]}'])\.(?=[a-z]|[A-Z]{2})")
 _COLON_IN_PATH = re.compile(r"(?<=[A-Za-z]):(?=[\\/])")
 _HASHTAG = re.compile(r"#(?=[A-Za-z])")
 _DASH = re.compile(r"(?<=\S) -{1,2} (?=\S)|(?<=\w)--(?=\w)|(?<=\w)--(?= )")
@@ -27,6 +27,7 @@ _SIGNS = (  # longer signs first
     ("=>", " to "),
     ("==", " equals "),
     ("~~", " "),
+    ("::", " "),
     ("~/", " tilde slash "),
     ("&&", " and "),
     ("<", " less than "),
