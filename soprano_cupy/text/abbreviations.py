@@ -83,9 +83,9 @@ _WORDS = {
 
 # Words that begin a sentence rather than a name: `at 5 p.m. He left` against `the U.S. Army`.
 _STARTERS = words(
-    "A After All Although An And Any As At Because Before Both But By Each Every For From He Her Here His How However "
-    "I If In It Its Many Meanwhile Most My No Not Now On Or Our Please She Since So Some Such That The Their Then There "
-    "These They This Those To Today Tomorrow Under We What When Where Which While Who Why With You Your"
+    "A After All Although An And Any As At Because Before Both But By Each Every For From He Her Here His How "
+    "However I If In It Its Many Meanwhile Most My No Not Now On Or Our Please She Since So Some Such That The "
+    "Their Then There These They This Those To Today Tomorrow We What When Where Which While Who Why With You Your"
 )
 _SENTENCE_ENDS = re.compile(rf"[\"')\]]{{0,3}}(?:\n|$| [\"'(]?{alternatives(_STARTERS)}(?![A-Za-z]))")
 _NAME_FOLLOWS = re.compile(r" ?[A-Z]")
