@@ -21,6 +21,7 @@ from ..errors import DownloadError
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = 1 << 20
+PIECE_BYTES = 1 << 14  # received at a time; a piece that is cut is lost
 ATTEMPTS = 5  # in a row without a single new byte
 RETRY_SECONDS = 1.0  # doubled after each attempt in vain
 TIMEOUT_SECONDS = 20.0
@@ -104,7 +105,7 @@ def _fill(file: RemoteFile, part: Path, report: Callable[[int], None] | None) ->
 
 
 def _fill_stream(file: RemoteFile, stream: BinaryIO, report: Callable[[int], None] | None) -> None:
-    attempts = 0
+    attempts, most = 0, stream.seek(0, os.SEEK_END)
     while True:
         start = stream.seek(0, os.SEEK_END)
         if start > file.size:
@@ -115,7 +116,8 @@ def _fill_stream(file: RemoteFile, stream: BinaryIO, report: Callable[[int], Non
         end = stream.seek(0, os.SEEK_END)
         if end == file.size:
             return
-        attempts = 1 if end > start else attempts + 1
+        attempts = 1 if end > most else attempts + 1
+        most = max(most, end)
         if attempts >= ATTEMPTS:
             raise DownloadError(
                 f"the connection broke while fetching {file.name} ({problem}); "
@@ -133,8 +135,10 @@ def _receive(file: RemoteFile, stream: BinaryIO, start: int, report: Callable[[i
     with closing(_request(file.url, start, file.same_host)) as answer:
         try:
             first = next(answer)
-            if start and first != start:
+            if first != start:
                 stream.truncate(0)
+            if first not in (0, start):
+                return f"the server sends byte {first} where {start} was asked for"
             room = file.size - first
             for chunk in answer:
                 room -= len(chunk)
@@ -199,10 +203,10 @@ def _open(url: str, headers: dict[str, str]) -> Iterator[tuple[int, Mapping[str,
     session = utils.get_session()
     if hasattr(session, "stream"):
         with session.stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True) as answer:
-            yield answer.status_code, answer.headers, answer.iter_bytes(CHUNK_BYTES)
+            yield answer.status_code, answer.headers, answer.iter_bytes()
     else:
         with session.get(url, headers=headers, timeout=TIMEOUT_SECONDS, stream=True) as answer:
-            yield answer.status_code, answer.headers, answer.iter_content(CHUNK_BYTES)
+            yield answer.status_code, answer.headers, answer.iter_content(PIECE_BYTES)
 
 
 def _matches(path: Path, etag: str) -> bool:
