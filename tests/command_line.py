@@ -83,7 +83,8 @@ def command(*arguments: object) -> list[str]:
 def environment(**changes: str) -> dict[str, str]:
     """This process's variables, with which the package that is tested here is found from any folder."""
     package = Path(soprano_cupy.__file__).resolve().parents[1]
-    return {**os.environ, "PYTHONPATH": str(package), **changes}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return {**inherited, "PYTHONPATH": str(package), **changes}
 
 
 def quiet_environment(folder: os.PathLike[str]) -> dict[str, str]:

@@ -200,6 +200,13 @@ def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert command_line.os.environ["SOPRANO_DTYPE"] == "float16"
 
 
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    """Once, and only where the rest is spoken; tests/test_cli_bad_input.py has texts with nothing to speak."""
+    result = run("generate", "-t", "Hello \N{SNOWMAN}\N{COMBINING TILDE} there.", "-o", tmp_path / "a.wav")
+    assert result.code == 0
+    assert result.only_line.startswith("warning: U+2603 (SNOWMAN) cannot be spoken")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_progress_on_a_terminal_only(stream: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("soprano_cupy.cli.progress.REDRAW_SECONDS", 0.001)

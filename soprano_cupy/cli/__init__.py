@@ -22,7 +22,17 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import ParameterError, SopranoError
 from . import bench, doctor, generate, models, serve
-from .console import PROGRAM, Terminated, abandon_stdout, complain, log_to_stderr, say, terminations, usable_streams
+from .console import (
+    PROGRAM,
+    Terminated,
+    abandon_stdout,
+    complain,
+    flush_stdout,
+    log_to_stderr,
+    say,
+    terminations,
+    usable_streams,
+)
 from .options import flags_over_environment
 
 DONE, FAILED, WRONG_USAGE, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
@@ -59,12 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
+    verbose = False
     try:
-        options = build_parser().parse_args(argv)
-    except SystemExit as end:  # argparse has said everything
-        return int(end.code or 0)
-    verbose = getattr(options, "verbose", False)
-    try:
+        try:
+            options = build_parser().parse_args(argv)
+        except SystemExit as end:  # argparse has said everything
+            flush_stdout()
+            return int(end.code or 0)
+        verbose = getattr(options, "verbose", False)
         with log_to_stderr(logging.INFO if verbose else logging.WARNING), flags_over_environment(options):
             code: int = options.run(options)
             return code

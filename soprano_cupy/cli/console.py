@@ -38,6 +38,13 @@ def echo(line: str = "") -> None:
         stream.flush()
 
 
+def flush_stdout() -> None:
+    """Send what others have printed, so that its failure is noticed while it can be told."""
+    if sys.stdout is not None:
+        with _stdout_errors():
+            sys.stdout.flush()
+
+
 def write_bytes(data: bytes) -> None:
     """Audio on stdout at once; `OutputError` when that is a terminal, closed or full."""
     stream = _stdout()
@@ -129,6 +136,20 @@ def log_to_stderr(level: int) -> Iterator[None]:
         logger.setLevel(before)
 
 
+@contextlib.contextmanager
+def log_only_success() -> Iterator[None]:
+    """Keep log lines back until the block has succeeded: a failure is told in one line alone."""
+    global _held
+    before, lines = _held, list[str]()
+    _held = lines
+    try:
+        yield
+    finally:
+        _held = before
+    for line in lines:
+        say(line)
+
+
 class _LineHandler(logging.Handler):
     """One line a record; warnings are named as such."""
 
@@ -138,7 +159,14 @@ class _LineHandler(logging.Handler):
         except Exception:
             self.handleError(record)
             return
-        say(f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text)
+        line = f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+        if _held is None:
+            say(line)
+        else:
+            _held.append(line)
+
+
+_held: list[str] | None = None
 
 
 def _stdout() -> TextIO:

@@ -83,6 +83,8 @@ def _check_usage(options: argparse.Namespace) -> None:
         raise ParameterError('give a text: -t "Hello.", -f FILE, or pipe one in')
     if options.lines and (options.stream or options.play or options.output == "-"):
         raise ParameterError("--lines writes one file a line; use it with -o FOLDER and without --stream and --play")
+    if options.lines and options.output.lower().endswith(".wav") and not Path(options.output).is_dir():
+        raise ParameterError(f"--lines writes several files: -o {options.output} must be a folder")
 
 
 def _speak_text(options: argparse.Namespace, sampling: dict[str, Any]) -> None:
@@ -131,8 +133,6 @@ def _speak_lines(options: argparse.Namespace, sampling: dict[str, Any]) -> None:
     from ..engine import Timings
 
     lines = read_lines(options)
-    if Path(options.output).suffix.lower() == ".wav" and not Path(options.output).is_dir():
-        raise ParameterError(f"--lines writes several files: -o {options.output} must be a folder")
     folder = WavFolder(Path(options.output), as_float=options.float)
     tts = open_voice(options)
     total = Timings()

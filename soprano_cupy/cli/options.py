@@ -93,6 +93,7 @@ def open_voice(options: argparse.Namespace) -> SopranoTTS:
     settings.device()  # wrong values fail here, before anything heavy is imported
     settings.attention()
     settings.dtype()
+    settings.threads()
     named = options.model if options.model is not None else settings.model()
     if named is not None:
         fetch_if_missing(named)

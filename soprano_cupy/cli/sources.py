@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ParameterError, TextError
+from .console import log_only_success
 
 MAX_TEXT_BYTES = 16 << 20  # about twelve days of speech
 
@@ -38,8 +39,9 @@ def check_speakable(text: str, name: str) -> None:
 
     if not text.strip():
         raise TextError(f"{name} is empty; give at least one word or number")
-    if not build_prompts(text):
-        raise TextError(f"{name} holds nothing that can be spoken; give at least one word or number")
+    with log_only_success():
+        if not build_prompts(text):
+            raise TextError(f"{name} holds nothing that can be spoken; give at least one word or number")
 
 
 def _read(options: argparse.Namespace) -> tuple[str, str]:

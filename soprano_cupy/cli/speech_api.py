@@ -13,7 +13,6 @@ import logging
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ logger = logging.getLogger(__name__)
 MAX_BODY_BYTES = 1 << 20
 MAX_REQUESTS = 64  # being answered or waiting for the voice; further ones are sent away
 SOCKET_SECONDS = 30.0  # how long a client may keep silent or not listen
+LINGER_SECONDS = 1.0
 SAMPLING = ("temperature", "top_p", "repetition_penalty", "retries", "seed")
 CONTENT_TYPES = {"wav": "audio/wav", "pcm": f"audio/pcm; rate={SAMPLE_RATE_HZ}; channels=1"}
 
@@ -64,7 +64,7 @@ class SpeechRequest:
         text = value.get("input")
         if not isinstance(text, str) or not text.strip():
             raise ApiError(400, "input must be a text that is not empty", "input")
-        if value.get("response_format", "wav") not in CONTENT_TYPES:
+        if value.get("response_format", "wav") not in tuple(CONTENT_TYPES):
             raise ApiError(400, f"response_format must be one of {', '.join(CONTENT_TYPES)}", "response_format")
         if value.get("stream_format", "audio") != "audio":
             raise ApiError(400, "stream_format must be audio", "stream_format")
@@ -206,7 +206,6 @@ class Handler(BaseHTTPRequestHandler):
             raise ApiError(400, "Content-Length must be a whole number")
         length = int(declared[:20])
         if length > MAX_BODY_BYTES:
-            self._discard(length)
             raise ApiError(413, f"the body has {length} bytes; at most {MAX_BODY_BYTES} are read: split the text")
         body = self.rfile.read(length)
         if len(body) < length:
@@ -214,14 +213,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json":  # so that no web page can post here unasked
             raise ApiError(415, "send the header Content-Type: application/json")
         return body
-
-    def _discard(self, length: int) -> None:
-        """Read part of what is refused, or the client would meet a reset instead of the answer."""
-        end = time.monotonic() + 1.0
-        for _ in range(min(length, 8 * MAX_BODY_BYTES) // 65536 + 1):
-            if time.monotonic() > end or not self.rfile.read1(65536):
-                break
-            length -= 65536
 
     def _fail(self, error: Exception) -> None:
         """Answer with an error and close: what is left of a body is not read."""
@@ -244,8 +235,18 @@ class Handler(BaseHTTPRequestHandler):
         data = json.dumps({"error": {"message": message, "type": kind, "param": param, "code": status}}).encode()
         try:
             self._send(status, "application/json", data)
-        except (ConnectionError, TimeoutError):
-            logger.info("%s: the client has gone", self.client_address[0])
+            self._linger()
+        except OSError as error:
+            logger.info("%s: the client has gone (%s)", self.client_address[0], type(error).__name__)
+
+    def _linger(self) -> None:
+        """Read what is still being sent, for a moment: closing at once could destroy the answer on its way."""
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(LINGER_SECONDS)
+        left = 8 * MAX_BODY_BYTES
+        while left > 0 and (data := self.connection.recv(65536)):
+            left -= len(data)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Requests that the base class refuses get a JSON error too."""
