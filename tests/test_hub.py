@@ -19,6 +19,7 @@ from soprano_cupy.testing import make_checkpoint
 
 MODEL = hub.DEFAULT_MODEL
 LARGE = "model.safetensors"
+PIECE = transfer.PIECE_BYTES
 
 
 @pytest.fixture(scope="module")
@@ -138,24 +139,24 @@ def test_the_token_stays_with_the_hub(server, monkeypatch):
 
 
 def test_a_cut_connection_continues(server, files):
-    server.faults.cuts = {LARGE: [20_000, 1, 30_000]}
+    server.faults.cuts = {LARGE: [2 * PIECE, PIECE]}
     assert content(hub.download(MODEL)) == needed(files)
     starts = [first for name, first, _ in server.downloads if name == LARGE]
-    assert starts == [0, 20_000, 20_001, 50_001]
+    assert starts == [0, 2 * PIECE, 3 * PIECE]
     assert server.bytes_sent(LARGE) == len(files[LARGE])
 
 
 def test_another_process_continues(tmp_path, server, files, monkeypatch):
-    server.faults.cuts = {LARGE: [25_000] + [0] * transfer.ATTEMPTS}
+    server.faults.cuts = {LARGE: [2 * PIECE] + [0] * transfer.ATTEMPTS}
     with pytest.raises(DownloadError, match=r"broke while fetching model.safetensors .*0\.0 of 0\.\d MB are kept"):
         hub.download(MODEL)
     (part,) = (cache(tmp_path) / "blobs").glob("*.soprano.part")
-    assert part.read_bytes() == files[LARGE][:25_000]
+    assert part.read_bytes() == files[LARGE][: 2 * PIECE]
     assert hub.cached_folder(MODEL) is None
     server.faults.cuts = {}
     server.downloads.clear()
     assert content(hub.download(MODEL)) == needed(files)
-    assert (LARGE, 25_000, len(files[LARGE]) - 25_000) in server.downloads
+    assert (LARGE, 2 * PIECE, len(files[LARGE]) - 2 * PIECE) in server.downloads
     assert not part.exists()
 
 

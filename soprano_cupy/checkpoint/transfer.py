@@ -175,10 +175,16 @@ def _request(url: str, start: int, same_host: bool) -> Generator[Any, None, None
         with _open(url, headers) as (status, answer_headers, chunks):
             yield _first_byte(status, answer_headers)
             yield from chunks
-    except (DownloadError, _BrokenError, GeneratorExit, KeyboardInterrupt):
-        raise
-    except Exception as error:
+    except _network_errors() as error:
         raise _BrokenError(type(error).__name__) from error
+
+
+def _network_errors() -> tuple[type[BaseException], ...]:
+    """What sockets and the HTTP library raise; the library's base class is found in huggingface_hub's own errors."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    bases = [base for base in HfHubHTTPError.__mro__ if not base.__module__.startswith("huggingface_hub")]
+    return OSError, bases[0]
 
 
 def _first_byte(status: int, headers: Mapping[str, str]) -> int:
@@ -201,7 +207,7 @@ def _open(url: str, headers: dict[str, str]) -> Iterator[tuple[int, Mapping[str,
 
     utils: Any = huggingface_hub.utils
     session = utils.get_session()
-    if hasattr(session, "stream"):
+    if callable(getattr(session, "stream", None)):  # requests has a flag of that name
         with session.stream("GET", url, headers=headers, timeout=TIMEOUT_SECONDS, follow_redirects=True) as answer:
             yield answer.status_code, answer.headers, answer.iter_bytes()
     else:
