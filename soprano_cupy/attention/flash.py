@@ -16,7 +16,7 @@ import numpy as np
 from ..cuda.module import DeviceFacts, Kernel, build, device_facts, load
 from ..device import cuda_index, cuda_problem
 from ..errors import DeviceError
-from . import hopper, prefill
+from . import decode, hopper, prefill
 from .arguments import capturing, check
 from .launch import LaunchPlan
 from .probe import Case, PathError, ShapeClass, compare, explain, is_sticky, lost_gpu, tiny_case
@@ -51,7 +51,7 @@ def run(problem: Problem, paths: Sequence[str], lse: Array | None = None) -> Arr
             )
         try:
             if first_use:
-                _verify(path, plan, ShapeClass.of(problem), facts)
+                _verify(path, plan, problem, facts)
             return launch(path, plan, problem, facts, lse)
         except (MemoryError, PathError):
             raise
@@ -76,17 +76,28 @@ def plan_for(path: str, problem: Problem, facts: DeviceFacts) -> LaunchPlan | No
     """How one path would run a call; None when it cannot."""
     if path == "hopper":
         return hopper.plan(problem, facts.compute_capability, facts.multiprocessors)
-    if path == "prefill":
-        return prefill.plan(
+    if path == "decode":
+        return decode.plan(
             compute_capability=facts.capability,
             dtype=problem.dtype,
             head_dim=problem.head_dim,
             group=problem.group,
             causal=problem.causal,
-            params_info=problem,
+            batch=problem.batch,
+            seqlen_q=problem.seqlen_q,
+            seqlen_k=problem.seqlen_k,
+            num_kv_heads=problem.num_kv_heads,
             multiprocessors=facts.multiprocessors,
         )
-    return None
+    return prefill.plan(
+        compute_capability=facts.capability,
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        group=problem.group,
+        causal=problem.causal,
+        params_info=problem,
+        multiprocessors=facts.multiprocessors,
+    )
 
 
 def launch(path: str, plan: LaunchPlan, problem: Problem, facts: DeviceFacts, lse: Array | None = None) -> Array:
@@ -96,7 +107,8 @@ def launch(path: str, plan: LaunchPlan, problem: Problem, facts: DeviceFacts, ls
     problem = kernel_ready(problem)
     kernel = _kernel(path, plan, facts)
     out = cupy.empty(problem.q.shape, problem.q.dtype)
-    params = pack_params(problem, out, lse=lse)
+    workspace = _workspace(facts.index, plan.workspace_bytes)
+    params = pack_params(problem, out, lse=lse, workspace=workspace, splits=plan.splits)
     extra: tuple[Any, ...] = hopper.extra_arguments(problem) if path == "hopper" else ()
     grid = plan.grid(
         batch=problem.batch,
@@ -112,15 +124,46 @@ def _kernel(path: str, plan: LaunchPlan, facts: DeviceFacts) -> Kernel:
     return load(plan.source, plan.kernel, plan.defines, facts.index, specific=path == "hopper")
 
 
+_workspaces: dict[tuple[int, int, bool], list[Array]] = {}
+
+
+def _workspace(device: int, size_bytes: int) -> Array | None:
+    """Scratch for the current stream, zeroed once; the kernels leave it fit for the next launch on the stream.
+
+    Graphs have scratch apart from direct launches, which may overlap with a replay. It is never freed, since a graph
+    may be replayed at any time; two graphs captured on one stream must not be replayed at the same time.
+    """
+    import cupy
+
+    if size_bytes == 0:
+        return None
+    key = (device, int(cupy.cuda.get_current_stream().ptr), capturing())
+    kept = _workspaces.setdefault(key, [])
+    if not kept or kept[-1].nbytes < size_bytes:
+        if not key[-1]:
+            kept.clear()
+        kept.append(cupy.zeros(size_bytes, np.uint8))
+    return kept[-1]
+
+
+def release_workspaces() -> None:
+    """Give up the scratch of direct launches, once their work is done. That of graphs stays."""
+    for key in [key for key in _workspaces if not key[-1]]:
+        del _workspaces[key]
+
+
 _verified: set[tuple[int, str, tuple[tuple[str, int], ...]]] = set()
 _lock = threading.Lock()
 
 
-def _verify(path: str, plan: LaunchPlan, shape: ShapeClass, facts: DeviceFacts) -> None:
+def _verify(path: str, plan: LaunchPlan, problem: Problem, facts: DeviceFacts) -> None:
     """Compare a variant with float64, on one thread at a time."""
+    shape = ShapeClass.of(problem)
     with _lock:
-        case = tiny_case(path, shape)
-        reason = compare(path, shape, case, attend(path, shape, case, plan))
+        case = tiny_case(path, shape, problem.seqlen_q)
+        # decode's tiles follow from the number of queries, its scratch from the sizes: it has a plan of its own
+        result = attend(path, shape, case, None if path == "decode" else plan)
+        reason = compare(path, shape, case, result)
         if reason is not None:
             raise PathError(path, reason)
         _verified.add((facts.index, plan.source, plan.defines))
@@ -171,7 +214,7 @@ class FlashBackend:
         return attend(path, shape, case)
 
     def _plan(self, path: str, shape: ShapeClass, facts: DeviceFacts) -> LaunchPlan | None:
-        """The plan of the path's tiny case, which is a host problem of the same sizes."""
+        """The plan of the path's tiny case, as a host problem."""
         case = tiny_case(path, shape)
         problem = check(
             case.q, case.k, case.v, causal=shape.causal, kv_lengths=case.kv_lengths, cu_seqlens=case.cu_seqlens
