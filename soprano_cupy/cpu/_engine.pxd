@@ -86,3 +86,44 @@ cdef extern from "language_model.h" nogil:
     int model_set_angles(LanguageModel *model, const float *angles, int positions)
     void model_extend(LanguageModel *model, KeyValues *cache, const Batch *batch)
     int model_logits(LanguageModel *model, const float *states, int rows, float *logits)
+
+
+cdef extern from "decoder.h" nogil:
+    int PIECE_TOKENS, PARTS
+
+    ctypedef struct DecoderSizes:
+        int input, dim, inner, blocks, embed_taps, block_taps, hop, frames_per_token
+
+    ctypedef struct Block:
+        float *kernel
+        float *kernel_bias
+        float *norm
+        float *norm_bias
+        Matrix expand, contract
+        float *expand_bias
+        float *contract_bias
+        float *gamma
+
+    ctypedef struct Decoder:
+        DecoderSizes sizes
+        Matrix embed
+        float *embed_bias
+        float *norm
+        float *norm_bias
+        Block *blocks
+        float *final_norm
+        float *final_norm_bias
+        Matrix head
+        float *head_bias
+        size_t memory_bytes
+
+    ctypedef struct Voice:
+        pass
+
+    Decoder *decoder_create(const Kernels *kernels, const DecoderSizes *sizes, int dtype)
+    void decoder_set_window(Decoder *decoder, const double *window)
+    void decoder_free(Decoder *decoder)
+    int voice_create(Voice *voice, const Decoder *decoder)
+    void voice_free(Voice *voice)
+    int voice_samples(const Voice *voice, int tokens, int finish)
+    void voice_push(Decoder *decoder, Voice *voice, const float *states, int tokens, int finish, float *samples)

@@ -248,3 +248,120 @@ cdef class Model:
             if not 0 <= tokens[i] < self.model.sizes.vocab:
                 raise ParameterError(f"id {tokens[i]} is outside the vocabulary")
         return 0
+
+
+cdef class VocosModel:
+    """A decoder whose weights are handed over one by one."""
+
+    cdef Decoder *decoder
+    cdef readonly str isa
+
+    def __cinit__(self, config, dtype, isa=None):
+        cdef const Kernels *kernels = find_kernels(isa)
+        cdef DecoderSizes sizes = DecoderSizes(
+            config.input_size, config.dim, config.intermediate_size, config.num_blocks, config.embed_kernel,
+            config.block_kernel, config.hop_length, config.frames_per_token,
+        )
+        self.isa = kernels.name.decode()
+        self.decoder = decoder_create(kernels, &sizes, DTYPES[dtype])
+        if self.decoder == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        decoder_free(self.decoder)
+
+    @property
+    def weight_bytes(self):
+        """Memory of all packed weights."""
+        return self.decoder.memory_bytes
+
+    @property
+    def input_size(self):
+        """Width of the states."""
+        return self.decoder.sizes.input
+
+    def set_embedding(self, taps, bias, norm, norm_bias):
+        """taps: (taps * dim, input), tap after tap."""
+        cdef int dim = self.decoder.sizes.dim
+        pack(&self.decoder.embed, [(taps, 0, 0)])
+        copy_vector(self.decoder.embed_bias, dim, bias)
+        copy_vector(self.decoder.norm, dim, norm)
+        copy_vector(self.decoder.norm_bias, dim, norm_bias)
+
+    def set_convolution(self, int index, kernel, bias, norm, norm_bias):
+        """kernel: (taps, dim), the depthwise convolution of block `index`."""
+        cdef int dim = self.decoder.sizes.dim
+        cdef Block *block = &self.decoder.blocks[self._check_block(index)]
+        copy_vector(block.kernel, self.decoder.sizes.block_taps * dim, kernel.reshape(-1))
+        copy_vector(block.kernel_bias, dim, bias)
+        copy_vector(block.norm, dim, norm)
+        copy_vector(block.norm_bias, dim, norm_bias)
+
+    def set_mlp(self, int index, expand, expand_bias, contract, contract_bias, gamma):
+        cdef int dim = self.decoder.sizes.dim
+        cdef Block *block = &self.decoder.blocks[self._check_block(index)]
+        pack(&block.expand, [(expand, 0, 0)])
+        pack(&block.contract, [(contract, 0, 0)])
+        copy_vector(block.expand_bias, self.decoder.sizes.inner, expand_bias)
+        copy_vector(block.contract_bias, dim, contract_bias)
+        copy_vector(block.gamma, dim, gamma)
+
+    def set_head(self, norm, norm_bias, head, bias):
+        copy_vector(self.decoder.final_norm, self.decoder.sizes.dim, norm)
+        copy_vector(self.decoder.final_norm_bias, self.decoder.sizes.dim, norm_bias)
+        pack(&self.decoder.head, [(head, 0, 0)])
+        copy_vector(self.decoder.head_bias, self.decoder.head.outputs, bias)
+
+    def set_window(self, window):
+        """The synthesis window (n_fft,) float64."""
+        cdef const double[::1] values = window
+        if values.shape[0] != PARTS * self.decoder.sizes.hop:
+            raise ParameterError(f"a window of {values.shape[0]} samples")
+        decoder_set_window(self.decoder, &values[0])
+
+    cdef int _check_block(self, int index) except -1:
+        if not 0 <= index < self.decoder.sizes.blocks:
+            raise ParameterError(f"block {index} of {self.decoder.sizes.blocks}")
+        return index
+
+
+cdef class Utterance:
+    """One utterance on its way through the decoder."""
+
+    cdef VocosModel model
+    cdef Voice voice
+    cdef readonly bint finished
+
+    def __cinit__(self, VocosModel model):
+        self.model = model
+        if voice_create(&self.voice, model.decoder):
+            raise MemoryError
+
+    def __dealloc__(self):
+        voice_free(&self.voice)
+
+    def push(self, states, *, finish):
+        """Take (n, input) float32 states; return the samples that are final now. `finish`: these are the last."""
+        cdef const float[:, ::1] rows = states
+        cdef int count = rows.shape[0], start = 0, tokens, last, total
+        cdef Py_ssize_t written = 0, made
+        cdef const float *source
+        if self.finished:
+            raise ParameterError("the utterance has ended; begin a new stream")
+        if rows.shape[1] != self.model.decoder.sizes.input:
+            raise ParameterError(f"states of shape {states.shape}")
+        samples = np.empty(voice_samples(&self.voice, count, finish), np.float32)
+        cdef float[::1] target = samples
+        while start < count or (finish and not self.finished):
+            tokens = min(count - start, PIECE_TOKENS)
+            last = finish and start + tokens == count
+            made = voice_samples(&self.voice, tokens, last)
+            source = &rows[start, 0] if tokens else NULL
+            with nogil:
+                voice_push(
+                    self.model.decoder, &self.voice, source, tokens, last, &target[written] if made else NULL
+                )
+            written += made
+            start += tokens
+            self.finished = last
+        return samples

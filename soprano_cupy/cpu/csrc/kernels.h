@@ -3,8 +3,10 @@
 #define SOPRANO_KERNELS_H
 
 #include "cache.h"
+#include "fft.h"
 #include "matrix.h"
 
+#define MAX_MAGNITUDE 100.0f /* the reference clips each bin's magnitude here */
 #define TILE_ROWS 48        /* rows of a product's tile: a multiple of every register block's */
 #define ATTENTION_SPLIT 128 /* keys of a split */
 #define ATTENTION_ROWS 24   /* query rows that are taken through a split together, and */
@@ -42,6 +44,15 @@ typedef struct Kernels {
                          float *partial);
     void (*merge_partials)(float *into, const float *from, int rows, int value_dim);
     void (*normalise_partial)(const float *partial, int head_dim, int value_dim, float *out);
+
+    void (*depthwise_row)(const float *frames, const float *kernel, const float *bias, int taps, int channels,
+                          float *out);
+    void (*add_interpolated)(const float *left, const float *right, float share, int channels, float *out);
+    void (*overlap_hop)(const float *newest, int parts, int hop, int edges, const float *envelope, float *out);
+    int lanes; /* frames that synthesise_frames takes at once */
+    void (*synthesise_frames)(const FftPlan *plan, const float *head, ptrdiff_t stride, int count, const float *window,
+                              float *frames, float *scratch);
+    size_t (*synthesis_scratch)(const FftPlan *plan); /* floats */
 } Kernels;
 
 /* The tables of this build; those of other architectures are NULL. Only what the processor has may be called. */

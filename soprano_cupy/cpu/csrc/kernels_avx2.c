@@ -9,10 +9,6 @@
 TARGET_BEGIN("avx2,fma")
 
 #define VEC_FLOATS 8
-#include "simd.h"
-#include "products.inc.h"
-#include "products_int8.inc.h"
-#include "rows.inc.h"
 #include "kernels.inc.h"
 
 const Kernels kernels_avx2 = {

@@ -12,10 +12,6 @@
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 #define VEC_FLOATS 16
-#include "simd.h"
-#include "products.inc.h"
-#include "products_int8.inc.h"
-#include "rows.inc.h"
 #include "kernels.inc.h"
 
 /* Row r of an int8 operand as the high and low bytes of its whole numbers, for byte dot products. */

@@ -9,10 +9,6 @@
 #endif
 
 #define VEC_FLOATS 4
-#include "simd.h"
-#include "products.inc.h"
-#include "products_int8.inc.h"
-#include "rows.inc.h"
 #include "kernels.inc.h"
 
 const Kernels kernels_portable = {

@@ -30,6 +30,15 @@ typedef struct Panels {
 
 #define UNROLL _Pragma("GCC unroll 8")
 
+/* sums += one input of each row times its weights. */
+INLINE void multiply_add(const int rows, const int panels, const vf *weights, const float *x, ptrdiff_t x_stride,
+                         vf sums[][PANELS * PANEL_VECTORS]) {
+    UNROLL for (int r = 0; r < rows; r++) {
+        vf input = v_set(x[r * x_stride]);
+        UNROLL for (int v = 0; v < panels * PANEL_VECTORS; v++) sums[r][v] += weights[v] * input;
+    }
+}
+
 /* out (rows, panels * 16) = x (rows, inputs) times panels of float32, or of bfloat16 pairs. */
 INLINE void product_block(const int rows, const int panels, const int pairs, const float *x, ptrdiff_t x_stride,
                           const Panels *w, const uint32_t *data, float *out, ptrdiff_t out_stride) {
@@ -40,16 +49,17 @@ INLINE void product_block(const int rows, const int panels, const int pairs, con
     for (int tile = 0; tile < w->tiles; tile++) {
         const uint32_t *word = data + tile * w->tile_stride;
         for (int k = 0; k < w->words; k++, word += w->word_stride) {
+            vu bits[PANELS * PANEL_VECTORS];
+            vf weights[PANELS * PANEL_VECTORS];
             UNROLL for (int v = 0; v < panels * PANEL_VECTORS; v++) {
-                vu bits;
-                memcpy(&bits, word + v / PANEL_VECTORS * w->panel_stride + v % PANEL_VECTORS * VEC_FLOATS, sizeof bits);
-                if (pairs) {
-                    vf low = v_low_half(bits), high = v_high_half(bits);
-                    UNROLL for (int r = 0; r < rows; r++) sums[r][v] += low * x[r * x_stride];
-                    UNROLL for (int r = 0; r < rows; r++) sums[r][v] += high * x[r * x_stride + 1];
-                } else {
-                    UNROLL for (int r = 0; r < rows; r++) sums[r][v] += (vf)bits * x[r * x_stride];
-                }
+                const uint32_t *from = word + v / PANEL_VECTORS * w->panel_stride + v % PANEL_VECTORS * VEC_FLOATS;
+                memcpy(&bits[v], from, sizeof bits[v]);
+                weights[v] = pairs ? v_low_half(bits[v]) : (vf)bits[v];
+            }
+            multiply_add(rows, panels, weights, x, x_stride, sums);
+            if (pairs) {
+                UNROLL for (int v = 0; v < panels * PANEL_VECTORS; v++) weights[v] = v_high_half(bits[v]);
+                multiply_add(rows, panels, weights, x + 1, x_stride, sums);
             }
             x += 1 + pairs;
         }

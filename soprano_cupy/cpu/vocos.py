@@ -1,0 +1,102 @@
+"""The Vocos decoder on packed weights: `csrc/decode.c` behind the decoder's interface."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..checkpoint import TensorFile
+from ..config import DecoderConfig
+from ..errors import ParameterError
+from ..portable.vocos import stored_window
+from ..runner import DecoderRunner, DecoderStream
+from . import _engine
+from .features import choose_isa
+from .qwen3 import DTYPES
+from .threads import use_wanted_threads
+
+
+class CpuDecoder(DecoderRunner):
+    """Runs a decoder with its matrices packed as float32, bfloat16 or int8; all other arithmetic is float32.
+
+    Whole utterances are streams of 32 tokens a piece, so the two agree bit for bit and activations stay small.
+    """
+
+    def __init__(
+        self, file: TensorFile, config: DecoderConfig, dtype: str = "float32", reason: str = "", isa: str | None = None
+    ) -> None:
+        if dtype not in DTYPES:
+            raise ParameterError(f"dtype = {dtype!r} is not available for the decoder; use one of {', '.join(DTYPES)}")
+        isa, isa_reason = choose_isa(isa)
+        threads = use_wanted_threads()
+        self.config, self.device, self.dtype = config, "cpu", dtype
+        self.reason = f"{reason or 'asked for'}; {isa} kernels ({isa_reason}), {threads} thread(s)"
+        self._model = _pack(file, config, dtype, isa)
+
+    def decode(self, states: np.ndarray) -> np.ndarray:
+        rows = np.ascontiguousarray(states, np.float32)
+        return np.stack([_engine.Utterance(self._model).push(one, finish=True) for one in rows])
+
+    def stream(self) -> DecoderStream:
+        return CpuStream(self._model)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Memory of all packed weights."""
+        return int(self._model.weight_bytes)
+
+
+class CpuStream(DecoderStream):
+    """One utterance, piece by piece; each token's four frames are computed once."""
+
+    def __init__(self, model: _engine.VocosModel) -> None:
+        self._utterance = _engine.Utterance(model)
+        self._no_states = np.empty((0, model.input_size), np.float32)
+
+    def push(self, states: np.ndarray) -> np.ndarray:
+        samples: np.ndarray = self._utterance.push(np.ascontiguousarray(states, np.float32), finish=False)
+        return samples
+
+    def finish(self) -> np.ndarray:
+        samples: np.ndarray = self._utterance.push(self._no_states, finish=True)
+        return samples
+
+
+def _pack(file: TensorFile, config: DecoderConfig, dtype: str, isa: str) -> _engine.VocosModel:
+    """Read and pack tensor after tensor."""
+    dim, inner, taps = config.dim, config.intermediate_size, config.embed_kernel
+    model = _engine.VocosModel(config, dtype, isa)
+    embed = file.pop("decoder.embed.weight", (dim, config.input_size, taps))
+    model.set_embedding(
+        np.ascontiguousarray(embed.transpose(2, 0, 1)).reshape(taps * dim, config.input_size),
+        file.pop("decoder.embed.bias", (dim,)),
+        *_norm(file, "decoder.norm", dim),
+    )
+    for index in range(config.num_blocks):
+        prefix = f"decoder.convnext.{index}."
+        kernel = file.pop(prefix + "dwconv.weight", (dim, 1, config.block_kernel))
+        model.set_convolution(
+            index,
+            np.ascontiguousarray(kernel[:, 0].T),
+            file.pop(prefix + "dwconv.bias", (dim,)),
+            *_norm(file, prefix + "norm", dim),
+        )
+        model.set_mlp(
+            index,
+            file.pop(prefix + "pwconv1.weight", (inner, dim)),
+            file.pop(prefix + "pwconv1.bias", (inner,)),
+            file.pop(prefix + "pwconv2.weight", (dim, inner)),
+            file.pop(prefix + "pwconv2.bias", (dim,)),
+            file.pop(prefix + "gamma", (dim,)),
+        )
+    model.set_head(
+        *_norm(file, "decoder.final_layer_norm", dim),
+        file.pop("head.out.weight", (config.n_fft + 2, dim)),
+        file.pop("head.out.bias", (config.n_fft + 2,)),
+    )
+    model.set_window(stored_window(file, config.n_fft))
+    file.finish()
+    return model
+
+
+def _norm(file: TensorFile, prefix: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    return file.pop(prefix + ".weight", (size,)), file.pop(prefix + ".bias", (size,))
