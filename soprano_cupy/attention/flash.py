@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..cuda.module import DeviceFacts, Kernel, build, device_facts, load
-from ..device import cuda_index, cuda_problem
+from ..device import cuda_index, cuda_problem, to_host
 from ..errors import DeviceError
 from . import decode, hopper, prefill
 from .arguments import capturing, check
@@ -179,7 +179,7 @@ def attend(path: str, shape: ShapeClass, case: Case, plan: LaunchPlan | None = N
         problem = check(*arrays, causal=shape.causal, kv_lengths=case.kv_lengths, cu_seqlens=case.cu_seqlens)
         plan = plan or plan_for(path, problem, facts)
         assert plan is not None
-        return np.asarray(launch(path, plan, problem, facts).get())
+        return to_host(launch(path, plan, problem, facts))
 
 
 class FlashBackend:
