@@ -114,20 +114,24 @@ DEVICE void store_rows(const AttentionParams& params, const Sequence& sequence, 
 
 extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR / WARPS)
 attention_decode(const __grid_constant__ AttentionParams params) {
-    const int row_group = params.splits == 1 ? blockIdx.x : blockIdx.x / params.splits;
-    const int share = blockIdx.x - row_group * params.splits;  // which part of the splits is this thread block's
+    const bool one_row_group = params.seqlen_q * GROUP <= TILE_ROWS;
+    const int row_group = one_row_group ? 0 : blockIdx.x / params.splits;
+    const int share = blockIdx.x - row_group * params.splits;  // takes the splits share, share + params.splits, ...
     const int first_row = row_group * TILE_ROWS;
     const Sequence sequence(params, blockIdx.z);
     if (first_row >= sequence.queries * GROUP) return;
-    const Splits splits(sequence.keys, share, params.splits);
-    if (share >= splits.shares) return;  // a sequence without keys still has the share that writes its zeros
+    const Splits splits(sequence.keys);
+    if (share > 0 && share >= splits.count) return;  // without keys, the first block is left to write zeros
 
     const unsigned smem = shared_base();
     const unsigned keys_smem = smem + warp_index() * WARP_TILE_BYTES, values_smem = keys_smem + VALUES_AT;
     const Element* k = static_cast<const Element*>(params.k) + sequence.k_offset + blockIdx.y * params.k_head_stride;
     const Element* v = static_cast<const Element*>(params.v) + sequence.v_offset + blockIdx.y * params.v_head_stride;
-    load_keys(keys_smem, k, params.k_token_stride, splits.begin * BLOCK_KEYS, sequence.keys);
-    load_values(values_smem, v, params.v_token_stride, splits.begin * BLOCK_KEYS, sequence.keys);
+    const int begin = share << splits.shift;
+    load_keys(keys_smem, k, params.k_token_stride, begin * BLOCK_KEYS, sequence.keys);
+    copy_async_commit();
+    load_values(values_smem, v, params.v_token_stride, begin * BLOCK_KEYS, sequence.keys);
+    copy_async_commit();
     load_queries(params, sequence, first_row, smem + QUERIES_AT);
     sync_block();  // the queries are written
 
@@ -137,40 +141,47 @@ attention_decode(const __grid_constant__ AttentionParams params) {
     RowState state[HELD_ROWS];  // of the split under way
     clear(state);
 
+    const bool shared = params.splits > 1 && splits.count > 1;  // with other thread blocks
     unsigned scores_smem = smem + SCORES_AT;
-    int split = splits.first;
-    for (int block = splits.begin; block < splits.end; ++block) {
-        const bool more = block + 1 < splits.end;
+    int next;
+    for (int block = begin; block < splits.blocks; block = next) {
+        const int split = block >> splits.shift;
+        const bool split_ends = (block + 1) >> splits.shift != split || block + 1 == splits.blocks;
+        next = split_ends ? (split + params.splits) << splits.shift : block + 1;
         copy_async_wait<1>();  // the keys are there; the values may still be on their way
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; ++tile) {
             write_scores(tile, keys_smem, smem + QUERIES_AT, scores_smem, params.scale_log2, block * BLOCK_KEYS,
                          visibility);
             if (tile == ROW_TILES - 1) {
-                if (more) load_keys(keys_smem, k, params.k_token_stride, (block + 1) * BLOCK_KEYS, sequence.keys);
-                else copy_async_commit();  // nothing, so that one group is always behind the values
-                copy_async_wait<1>();
+                if (next < splits.blocks) {
+                    load_keys(keys_smem, k, params.k_token_stride, next * BLOCK_KEYS, sequence.keys);
+                }
+                copy_async_commit();  // also of nothing, so that this group is always the last
             }
+            if (tile == 0) copy_async_wait<ROW_TILES == 1 ? 1 : 0>();  // the values
             sync_block();  // scores and values are there; the other buffer's readers were done before they came here
 
             merge_values(values_smem, scores_smem, smem + STATES_AT, state + tile * TILE_HELD);
             scores_smem = scores_smem == smem + SCORES_AT ? smem + SCORES_AT + SCORE_BYTES : smem + SCORES_AT;
         }
         sync_warp();  // this warp's lanes have read the values
-        if (more) load_values(values_smem, v, params.v_token_stride, (block + 1) * BLOCK_KEYS, sequence.keys);
+        if (next < splits.blocks) {
+            load_values(values_smem, v, params.v_token_stride, next * BLOCK_KEYS, sequence.keys);
+        }
+        copy_async_commit();
 
-        if (splits.shares == 1 && splits.blocks == 1) continue;  // each block is a split, and merged already
-        if (more && ((block + 1) & (splits.blocks - 1)) != 0) continue;
-        if (splits.shares > 1) workspace.store(split, state);
+        if (!split_ends || (!shared && splits.shift == 0)) continue;  // alone, one block is a split and merged already
+        if (shared) workspace.store(split, state);
         else if (split == 0) total.store(state);
         else total.merge(state);
-        ++split;
         clear(state);
     }
-    if (splits.shares > 1) {
-        if (!workspace.last_to_arrive(splits.shares, smem + ARRIVAL_AT)) return;
+    if (shared) {
+        const int blocks = params.splits < splits.count ? params.splits : splits.count;
+        if (!workspace.last_to_arrive(blocks, smem + ARRIVAL_AT)) return;
         workspace.merge(splits.count, state);
-    } else if (splits.blocks > 1) {
+    } else if (splits.shift > 0) {
         total.load(state);
     }
     store_rows(params, sequence, first_row, state);

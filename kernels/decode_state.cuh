@@ -56,23 +56,30 @@ DEVICE void merge(RowState (&rows)[HELD_ROWS], const RowState (&next)[HELD_ROWS]
     for (int i = 0; i < HELD_ROWS; ++i) rows[i].merge(next[i]);
 }
 
-// Blocks in a split of a sequence of `keys` keys: the smallest power of two for which a split has no more blocks to
-// go through one after the other than half the sequence has splits to merge one after the other; 1 up to 2,048 keys
-// (512 in fp32).
-DEVICE int split_blocks(int keys) {
-    int blocks = 1;
-    while (static_cast<long long>(blocks) * BLOCK_KEYS * blocks * BLOCK_KEYS < 2ll * keys) blocks *= 2;
-    return blocks;
-}
-
 DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// The most splits that a sequence of up to `capacity` keys can have: of all of them, or just before the size doubles.
-DEVICE int most_splits(int capacity) {
-    const int blocks = split_blocks(capacity);
-    const int splits = ceil_div(capacity, blocks * BLOCK_KEYS), before = blocks * BLOCK_KEYS / 4;
-    return blocks > 1 && before > splits ? before : splits;
-}
+// How the keys of a sequence are cut. A split has 2^shift blocks: the least for which it has at most half as many keys
+// to go through one block after the other as the sequence has splits to merge one after the other, 1 block up to 2,048
+// keys (512 in fp32). Nothing else enters: the splits of a sequence are the same in every launch.
+struct Splits {
+    int shift;
+    int blocks;  // of the sequence
+    int count;   // splits of the sequence
+
+    DEVICE explicit Splits(int keys) {
+        shift = 0;
+        while ((static_cast<long long>(BLOCK_KEYS * BLOCK_KEYS) << (2 * shift)) < 2ll * keys) ++shift;
+        blocks = ceil_div(keys, BLOCK_KEYS);
+        count = (blocks + (1 << shift) - 1) >> shift;
+    }
+
+    // The most that a sequence of up to `capacity` keys can have: of all of them, or just before the size doubles.
+    DEVICE static int most(int capacity) {
+        const Splits all(capacity);
+        const int before = (BLOCK_KEYS << all.shift) / 4;
+        return all.shift > 0 && before > all.count ? before : all.count;
+    }
+};
 
 // Bytes to this thread's vector of a row that it holds, among those of a thread block: threads side by side.
 DEVICE int state_offset(int held, int vector) {
@@ -109,26 +116,6 @@ struct Total {
     }
 };
 
-// The splits of a sequence, and the share of them that one of `of` thread blocks has: whole splits, in order.
-struct Splits {
-    int blocks;      // in a split
-    int count;       // of the sequence
-    int shares;      // thread blocks that have something to do, at least 1
-    int first;       // split of this share
-    int begin, end;  // blocks of this share
-
-    DEVICE Splits(int keys, int share, int of) {
-        blocks = split_blocks(keys);
-        const int all_blocks = ceil_div(keys, BLOCK_KEYS);
-        count = ceil_div(all_blocks, blocks);
-        const int each = of == 1 ? count : ceil_div(count, of);
-        shares = count <= each ? 1 : ceil_div(count, each);
-        first = share * each;
-        begin = first * blocks;
-        end = begin + each * blocks < all_blocks ? begin + each * blocks : all_blocks;
-    }
-};
-
 constexpr int ARRIVAL_BYTES = 16384;  // of the workspace: 4,096 counters, all zero before and after every launch
 
 // The states of the splits of one (sequence, key-value head, row group), as its thread blocks leave them.
@@ -138,11 +125,11 @@ struct Workspace {
     int live_rows;       // rows of the thread block that exist; the others are neither written nor read
 
     DEVICE Workspace(const AttentionParams& params, int row_group, int live) : live_rows(live) {
-        const int row_groups = gridDim.x / params.splits;
+        const int row_groups = ceil_div(params.seqlen_q * GROUP, TILE_ROWS);
         const int slot = (blockIdx.z * gridDim.y + blockIdx.y) * row_groups + row_group;
         arrivals = static_cast<unsigned*>(params.workspace) + slot;
         states = static_cast<char*>(params.workspace) + ARRIVAL_BYTES
-                 + static_cast<long long>(slot) * most_splits(params.seqlen_k) * STATE_BYTES;
+                 + static_cast<long long>(slot) * Splits::most(params.seqlen_k) * STATE_BYTES;
     }
 
     DEVICE void store(int split, const RowState (&state)[HELD_ROWS]) const {

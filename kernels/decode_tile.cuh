@@ -36,8 +36,8 @@ DEVICE unsigned value_slot(unsigned tile, int key, int chunk) {
     return tile + key * (VALUE_CHUNKS * 16) + (chunk ^ (key / 2 % VALUE_CHUNKS)) * 16;
 }
 
-// Starts the copies of this warp's keys of the block that begins at key `first`. Past `count` keys zeros are written
-// and nothing is read: what the unused part of a cache holds never enters the arithmetic.
+// Issues the copies of this warp's keys of the block that begins at key `first`. Past `count` keys zeros are written and
+// nothing is read: what the unused part of a cache holds never enters the arithmetic.
 DEVICE void load_keys(unsigned tile, const Element* keys, long long token_stride, int first, int count) {
     const int key = first + warp_index() * WARP_KEYS + lane_index() / 4;
 #pragma unroll
@@ -48,7 +48,6 @@ DEVICE void load_keys(unsigned tile, const Element* keys, long long token_stride
             copy_async_16(key_slot(tile, n, j), row + 4 * j * CHUNK, key + 8 * n < count);
         }
     }
-    copy_async_commit();
 }
 
 // The same for this warp's dimensions of the values.
@@ -60,7 +59,6 @@ DEVICE void load_values(unsigned tile, const Element* values, long long token_st
         const int row = key + i * (WARP_LANES / VALUE_CHUNKS);
         copy_async_16(value_slot(tile, row, chunk), lane + (first + row) * token_stride, first + row < count);
     }
-    copy_async_commit();
 }
 
 // Which keys a query row sees. Row r of a sequence is query r / GROUP, head r % GROUP of the key-value head.

@@ -28,8 +28,8 @@ MAX_SLOTS = ARRIVAL_BYTES // 4
 WARP_TILE_BYTES = 4096  # of K, and of V, that a warp has in flight or in use
 
 # A lone block of threads receives 32 KB of keys and values in about 0.9 microseconds (the memory's latency and its own
-# arithmetic), 36 GB/s of the 31 GB/s that are a multiprocessor's part of 4.1 TB/s. So from somewhat more than one block
-# a multiprocessor on, dividing the sequences gains nothing; below, two for each keep the memory busy.
+# arithmetic): 36 GB/s, where a multiprocessor's part of an H200's 4.1 TB/s is 31 GB/s. So from somewhat more than one
+# block a multiprocessor on, dividing the sequences gains nothing; below, two for each keep the memory busy.
 ENOUGH_BLOCKS = 1.25  # for each multiprocessor
 BLOCKS_WHEN_DIVIDED = 2
 
@@ -111,8 +111,8 @@ def plan(
         threads=head_dim,  # a warp for every 32 dimensions
         shared_memory_bytes=tile.shared_bytes,
         grid=partial(_grid, tile.rows, splits),
-        description=f"decode {'on tensor cores' if tile.tensor_cores else 'in fp32 arithmetic'}, {tile.rows} query rows "
-        f"a block, {splits} block{'s' if splits > 1 else ''} a sequence",
+        description=f"decode {'on tensor cores' if tile.tensor_cores else 'in fp32 arithmetic'}, "
+        f"{tile.rows} query rows a block, {splits} block{'s' if splits > 1 else ''} a sequence",
         splits=splits,
         workspace_bytes=0 if splits == 1 else ARRIVAL_BYTES + states * tile.state_bytes,
     )

@@ -1,0 +1,362 @@
+"""The decode kernel's own source, run on the CPU: against float64, and bit by bit across batches, grids and tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import emulation
+import ml_dtypes
+import numpy as np
+import pytest
+from attention_reference import assert_accurate, plain, reference
+
+from soprano_cupy.attention import decode
+from soprano_cupy.attention.launch import LaunchPlan
+
+Array = np.ndarray[Any, Any]
+DTYPES: dict[str, Any] = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+LENGTHS = (1, 63, 64, 65, 127, 128, 129, 257, 0)
+CAPACITY = 272
+MANY = 10_000  # multiprocessors: every split gets a thread block of its own
+MAP_NORESERVE = 0x4000  # Linux; in Python's mmap from 3.13 on
+NONE = 0  # a GPU that any call fills: every sequence has one thread block, which takes all its splits
+
+
+@dataclass(frozen=True)
+class Call:
+    """A batch on a cache: q (B, S, Hq, D), or (N, Hq, D) with cu_seqlens_q; what the cache does not use is NaN."""
+
+    q: Array
+    k: Array
+    v: Array
+    kv_lengths: Array | None = None
+    cu_seqlens_q: Array | None = None
+    cu_seqlens_k: Array | None = None
+    causal: bool = True
+    scale: float | None = None
+
+    @property
+    def lengths(self) -> dict[str, Array | None]:
+        names = ("kv_lengths", "cu_seqlens_q", "cu_seqlens_k")
+        return {name: getattr(self, name) for name in names}
+
+
+def int32(values: Sequence[int]) -> Array:
+    return np.array(values, np.int32)
+
+
+def rows(seed: int, shape: Sequence[int], dtype: Any) -> Array:
+    """Normal random numbers, NaN before and after them in memory."""
+    array = emulation.poisoned(shape, dtype)
+    array[...] = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+    return array
+
+
+def cache_call(
+    dtype: str,
+    head_dim: int,
+    group: int,
+    queries: int = 1,
+    kv_heads: int = 1,
+    lengths: Sequence[int] = LENGTHS,
+    capacity: int = CAPACITY,
+    causal: bool = True,
+) -> Call:
+    """Dense queries; sequence b has the same numbers in whatever call it stands."""
+    kind = DTYPES[dtype]
+    q = emulation.poisoned((len(lengths), queries, group * kv_heads, head_dim), kind)
+    k, v = (emulation.poisoned((len(lengths), capacity, kv_heads, head_dim), kind) for _ in range(2))
+    for b, length in enumerate(lengths):
+        q[b] = rows(3 * length, q.shape[1:], kind)
+        k[b, :length] = rows(3 * length + 1, (length, kv_heads, head_dim), kind)
+        v[b, :length] = rows(3 * length + 2, (length, kv_heads, head_dim), kind)
+    return Call(q, k, v, int32(lengths), causal=causal)
+
+
+def packed_queries(call: Call, queries: Sequence[int]) -> Call:
+    """The last `queries[b]` queries of each sequence, packed."""
+    kept = [call.q[b, call.q.shape[1] - count :] for b, count in enumerate(queries)]
+    q = emulation.poisoned((sum(queries), *call.q.shape[2:]), call.q.dtype)
+    q[...] = np.concatenate(kept)
+    return dataclasses.replace(call, q=q, cu_seqlens_q=int32([0, *itertools.accumulate(queries)]))
+
+
+def plan_for(call: Call, multiprocessors: int, arch: int) -> LaunchPlan:
+    starts = call.cu_seqlens_q
+    plan = decode.plan(
+        compute_capability=(arch // 100, arch // 10 % 10),
+        dtype=call.q.dtype.name,
+        head_dim=call.q.shape[-1],
+        group=call.q.shape[-2] // call.k.shape[-2],
+        causal=call.causal,
+        batch=call.q.shape[0] if starts is None else len(starts) - 1,
+        seqlen_q=call.q.shape[1] if starts is None else int(np.diff(starts).max()),
+        seqlen_k=call.k.shape[1] if call.cu_seqlens_k is None else int(np.diff(call.cu_seqlens_k).max()),
+        num_kv_heads=call.k.shape[-2],
+        multiprocessors=multiprocessors,
+    )
+    assert plan is not None
+    return plan
+
+
+def run(
+    call: Call, multiprocessors: int = MANY, arch: int = 800, launches: int = 1, **options: Any
+) -> tuple[Array, Array]:
+    """(out, lse) of the kernel; what the workspace held before its first use is NaN but for the counters."""
+    plan = plan_for(call, multiprocessors, arch)
+    out = emulation.poisoned(call.q.shape, call.q.dtype)
+    lse = emulation.poisoned((call.q.shape[-2], math.prod(call.q.shape[:-2])), np.float32)
+    workspace = emulation.poisoned((max(4, plan.workspace_bytes // 4),), np.float32)
+    workspace[: decode.ARRIVAL_BYTES // 4] = 0
+    params, buffers = emulation.attention_params(
+        call.q, call.k, call.v, out, lse=lse, scale=call.scale, splits=plan.splits,
+        workspace=workspace if plan.workspace_bytes else None, **call.lengths,
+    )  # fmt: skip
+    grid = plan.grid(
+        batch=params.batch, seqlen_q=params.seqlen_q, num_heads=params.num_heads, num_kv_heads=params.num_kv_heads
+    )
+    library = emulation.build(plan.source, dict(plan.defines), arch)
+    shared_bytes = options.pop("shared_bytes", plan.shared_memory_bytes)
+    for _ in range(launches):
+        library.launch(
+            plan.kernel, params, grid=grid, threads=plan.threads, shared_bytes=shared_bytes, buffers=buffers, **options
+        )
+    if plan.workspace_bytes:
+        assert not workspace[: decode.ARRIVAL_BYTES // 4].any(), "the counters are not back at zero"
+    return out, lse
+
+
+def sequence_calls(call: Call) -> list[Call]:
+    """Each sequence of a dense call as a call of its own."""
+    assert call.kv_lengths is not None
+    return [
+        dataclasses.replace(call, q=call.q[b : b + 1], k=call.k[b : b + 1], v=call.v[b : b + 1],
+                            kv_lengths=call.kv_lengths[b : b + 1])
+        for b in range(len(call.q))
+    ]  # fmt: skip
+
+
+def check(call: Call, out: Array, lse: Array) -> None:
+    """The accuracy rule, and the log-sum-exp."""
+    options: dict[str, Any] = {"causal": call.causal, "scale": call.scale, **call.lengths}
+    expected, expected_lse = reference(call.q, call.k, call.v, **options)
+    assert_accurate(out, expected, plain(call.q, call.k, call.v, **options))
+    np.testing.assert_allclose(lse, expected_lse, rtol=3e-7, atol=3e-6)
+
+
+def same_bits(first: Array, second: Array) -> bool:
+    return first.shape == second.shape and first.tobytes() == second.tobytes()
+
+
+# dtype, __CUDA_ARCH__, head_dim, group, KV heads, queries. The rows of one KV head, group x queries, choose the tile.
+SHAPES = (
+    ("bfloat16", 800, 128, 4, 1, 1),
+    ("bfloat16", 800, 128, 4, 2, 2),
+    ("bfloat16", 900, 128, 4, 1, 4),
+    ("bfloat16", 800, 128, 4, 1, 16),  # two row groups of 32
+    ("bfloat16", 800, 128, 1, 2, 9),
+    ("float16", 750, 128, 8, 1, 1),
+    ("float16", 800, 64, 3, 2, 1),
+    ("float16", 800, 64, 3, 1, 5),
+    ("float16", 750, 32, 8, 1, 3),  # two row groups of 16
+    ("bfloat16", 800, 32, 1, 1, 1),
+    ("float32", 800, 128, 4, 1, 1),
+    ("float32", 750, 64, 3, 2, 5),  # two row groups of 8
+    ("float32", 800, 32, 8, 1, 1),
+    ("float16", 700, 64, 4, 1, 1),
+    ("bfloat16", 750, 128, 1, 1, 6),
+)
+
+
+@pytest.mark.parametrize(("dtype", "arch", "head_dim", "group", "kv_heads", "queries"), SHAPES)
+def test_every_length_is_accurate_however_it_is_shared_out(
+    dtype: str, arch: int, head_dim: int, group: int, kv_heads: int, queries: int
+) -> None:
+    call = cache_call(dtype, head_dim, group, queries, kv_heads)
+    out, lse = run(call, MANY, arch)
+    check(call, out, lse)
+    undivided = run(call, NONE, arch)
+    assert same_bits(out, undivided[0])
+    assert same_bits(lse, undivided[1])
+
+
+@pytest.mark.parametrize(("dtype", "keys"), [("bfloat16", 2049), ("float32", 513)])
+def test_splits_of_several_blocks(dtype: str, keys: int) -> None:
+    """From 2,049 keys on (513 in fp32) a split has two blocks; both lengths are in one call."""
+    call = cache_call(dtype, 128, 4, lengths=(keys, keys - 1, keys + 130), capacity=keys + 131)
+    out, lse = run(call, MANY)
+    check(call, out, lse)
+    for multiprocessors in (NONE, 4, 9):
+        assert same_bits(out, run(call, multiprocessors)[0])
+
+
+def test_full_attention_among_the_queries() -> None:
+    call = cache_call("bfloat16", 64, 4, 2, causal=False)
+    check(call, *run(call))
+
+
+def test_more_queries_than_keys() -> None:
+    """Bottom right: the first queries of a sequence shorter than its queries see nothing and give zeros."""
+    call = cache_call("bfloat16", 128, 4, 4, lengths=(1, 3, 4))
+    out, lse = run(call)
+    check(call, out, lse)
+    assert not out[0, :3].any()
+    assert np.isneginf(lse[:, :3]).all()
+
+
+def test_bits_do_not_depend_on_the_batch_the_slot_or_the_grid() -> None:
+    call = cache_call("bfloat16", 128, 4)
+    out, _ = run(call)
+    for b, alone in enumerate(sequence_calls(call)):
+        assert same_bits(run(alone, MANY)[0], out[b : b + 1])
+        assert same_bits(run(alone, NONE)[0], out[b : b + 1])
+    turned = cache_call("bfloat16", 128, 4, lengths=LENGTHS[::-1], capacity=600)
+    for multiprocessors in (NONE, 13, MANY):
+        assert same_bits(run(turned, multiprocessors)[0][::-1].copy(), out)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bits_do_not_depend_on_how_many_queries_come_at_once(dtype: str) -> None:
+    """One query of 257 keys: alone, beside a neighbour with 16, and as the last or first of several of its own."""
+    neighbours = (65, 257, 64)
+    call = cache_call(dtype, 128, 4, 16, lengths=neighbours)
+    mixed = packed_queries(call, (16, 1, 2))
+    out, _ = run(mixed)
+    check(mixed, out, run(mixed)[1])
+    full, _ = run(call)
+    assert same_bits(out[16:17], full[1, 15:])
+    assert same_bits(out[17:], full[2, 14:])
+    single = packed_queries(call, (1, 1, 1))
+    assert same_bits(run(single, NONE)[0][1:2], full[1, 15:])
+    # query 9 of 16 sees 6 keys fewer than the last
+    shorter = dataclasses.replace(call, q=call.q[:, 9:10].copy(), kv_lengths=int32([n - 6 for n in neighbours]))
+    assert same_bits(run(shorter)[0], full[:, 9:10].copy())
+
+
+def test_repeated_launches_and_the_order_of_threads_change_nothing() -> None:
+    call = cache_call("bfloat16", 128, 4)
+    out, lse = run(call)
+    for options in ({"launches": 3}, {"reverse": True}):
+        again = run(call, **options)
+        assert same_bits(out, again[0])
+        assert same_bits(lse, again[1])
+
+
+def test_packed_keys_and_a_cache_with_heads_first() -> None:
+    """Self-attention of packed sequences, and a cache (B, H, L, D) with room between its rows."""
+    lengths = (5, 1, 16)
+    starts = int32([0, *itertools.accumulate(lengths)])
+    q, k, v = (rows(seed, (sum(lengths), heads, 64), np.float16) for seed, heads in ((0, 6), (1, 2), (2, 2)))
+    call = Call(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    out, _ = run(call)
+    for first, last in itertools.pairwise(starts.tolist()):
+        part = (q[None, first:last], k[None, first:last], v[None, first:last])
+        assert_accurate(out[None, first:last], reference(*part, causal=True)[0], plain(*part, causal=True))
+
+    dense = cache_call("float16", 64, 3, kv_heads=2)
+    wide = emulation.poisoned((2, len(LENGTHS), 2, CAPACITY, 80), np.float16)
+    wide[0, ..., :64], wide[1, ..., :64] = dense.k.transpose(0, 2, 1, 3), dense.v.transpose(0, 2, 1, 3)
+    moved = dataclasses.replace(
+        dense, k=wide[0, ..., :64].transpose(0, 2, 1, 3), v=wide[1, ..., :64].transpose(0, 2, 1, 3)
+    )
+    assert same_bits(run(moved)[0], run(dense)[0])
+
+
+def test_offsets_beyond_32_bits() -> None:
+    """A cache whose second sequence begins 2**32 bytes after the first, of which only the used pages exist."""
+    dense = cache_call("bfloat16", 128, 4, lengths=(3, 65))
+    stride = 2**32
+    try:
+        memory = mmap.mmap(-1, stride + dense.k.nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except OSError as error:
+        pytest.skip(f"no address space of 4 GB: {error}")
+    base = np.frombuffer(memory, dense.k.dtype, CAPACITY * 128)
+    k = np.lib.stride_tricks.as_strided(base, dense.k.shape, (stride, 256, 256, 2))
+    k[...] = dense.k
+    assert same_bits(run(dataclasses.replace(dense, k=k))[0], run(dense)[0])
+
+
+def test_infinite_scores_and_a_scale() -> None:
+    """Scores of any size; a key of infinity gives NaN to the queries that see it and to no other sequence."""
+    call = dataclasses.replace(cache_call("bfloat16", 128, 4, lengths=(65, 129, 257)), scale=3.0)
+    out, lse = run(call)
+    check(call, out, lse)
+    call.k[1, 3] = np.inf
+    broken, _ = run(call)
+    assert np.isnan(broken[1].astype(np.float32)).any()
+    assert same_bits(broken[::2].copy(), out[::2].copy())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_faults_are_caught(dtype: str) -> None:
+    """The emulated machine would notice a missing barrier or wait, and the planner's memory is exactly what is used."""
+    long = cache_call(dtype, 128, 4, lengths=(2100,), capacity=2100)
+    run(long, NONE)
+    with pytest.raises(emulation.EmulationError, match="outside the"):
+        run(long, NONE, shared_bytes=plan_for(long, NONE, 800).shared_memory_bytes - 16)
+    call = cache_call(dtype, 128, 4, lengths=(257,))
+    for fault in ({"skip_barrier": 0}, {"skip_barrier": 1}, {"skip_wait": 0}, {"skip_wait": 1}):
+        with pytest.raises(emulation.EmulationError, match=r"race|in flight"):
+            run(call, NONE, **fault)
+    with pytest.raises(emulation.EmulationError, match="race"):
+        run(call, MANY, skip_barrier={"bfloat16": 3, "float32": 4}[dtype])  # behind the counter
+
+
+PLAN: dict[str, Any] = {
+    "compute_capability": (9, 0), "dtype": "bfloat16", "head_dim": 128, "group": 4, "causal": True, "batch": 1,
+    "seqlen_q": 1, "seqlen_k": 1024, "num_kv_heads": 1, "multiprocessors": 132,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seqlen_q": 17}, {"dtype": "float64"}, {"head_dim": 96}, {"compute_capability": (6, 1)}, {"batch": 65_536},
+        {"num_kv_heads": 65_536},
+    ],
+)  # fmt: skip
+def test_calls_that_are_not_served(change: dict[str, Any]) -> None:
+    assert decode.plan(**PLAN) is not None
+    assert decode.plan(**{**PLAN, **change}) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "rows_of_a_block", "splits"),
+    [
+        ({}, 8, 16),
+        ({"seqlen_k": 64}, 8, 1),
+        ({"seqlen_k": 65}, 8, 2),
+        ({"batch": 64}, 8, 5),
+        ({"batch": 165}, 8, 1),
+        ({"batch": 512}, 8, 1),
+        ({"seqlen_q": 4}, 16, 16),
+        ({"seqlen_q": 16}, 32, 16),
+        ({"seqlen_q": 16, "compute_capability": (7, 5), "dtype": "float16"}, 16, 16),
+        ({"dtype": "float32"}, 4, 16),
+        ({"dtype": "float32", "seqlen_q": 2}, 8, 16),
+        ({"compute_capability": (7, 5)}, 4, 16),
+    ],
+)
+def test_tiles_and_splits(change: dict[str, Any], rows_of_a_block: int, splits: int) -> None:
+    plan = decode.plan(**{**PLAN, **change})
+    assert plan is not None
+    assert dict(plan.defines)["TILE_ROWS"] == rows_of_a_block
+    assert plan.splits == splits
+    assert (plan.workspace_bytes > 0) == (splits > 1)
+
+
+def test_split_rule() -> None:
+    """A split is a power of two of at least a block with split**2 >= 2 * keys; the capacity bounds every length."""
+    for block in (32, 64):
+        counts = [-(-keys // decode.split_keys(keys, block)) for keys in range(1, 40_000)]
+        largest = np.maximum.accumulate(counts)
+        assert decode.split_keys(block * block // 2, block) == block
+        assert decode.split_keys(block * block // 2 + 1, block) == 2 * block
+        for capacity in (1, 64, 512, 513, 1024, 2048, 2049, 2500, 4096, 8192, 8193, 9000, 32_768, 39_999):
+            assert decode.most_splits(capacity, block) == largest[capacity - 1]
