@@ -256,14 +256,14 @@ cdef class VocosModel:
     cdef Decoder *decoder
     cdef readonly str isa
 
-    def __cinit__(self, config, dtype, isa=None):
+    def __cinit__(self, config, dtype, outer_dtype, isa=None):
         cdef const Kernels *kernels = find_kernels(isa)
         cdef DecoderSizes sizes = DecoderSizes(
             config.input_size, config.dim, config.intermediate_size, config.num_blocks, config.embed_kernel,
             config.block_kernel, config.hop_length, config.frames_per_token,
         )
         self.isa = kernels.name.decode()
-        self.decoder = decoder_create(kernels, &sizes, DTYPES[dtype])
+        self.decoder = decoder_create(kernels, &sizes, DTYPES[dtype], DTYPES[outer_dtype])
         if self.decoder == NULL:
             raise MemoryError
 

@@ -14,11 +14,15 @@ from .features import choose_isa
 from .qwen3 import DTYPES
 from .threads import use_wanted_threads
 
+# The head makes phases: in int8 it would cost 8 dB of the audio, and in bfloat16 it is 5% of the weights.
+OUTER_DTYPES = {"int8": "bfloat16"}
+
 
 class CpuDecoder(DecoderRunner):
     """Runs a decoder with its matrices packed as float32, bfloat16 or int8; all other arithmetic is float32.
 
-    Whole utterances are streams of 32 tokens a piece, so the two agree bit for bit and activations stay small.
+    With int8, the first and the last matrix are bfloat16. Whole utterances are streams of 32 tokens a piece, so the
+    two agree bit for bit and activations stay small.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class CpuStream(DecoderStream):
 def _pack(file: TensorFile, config: DecoderConfig, dtype: str, isa: str) -> _engine.VocosModel:
     """Read and pack tensor after tensor."""
     dim, inner, taps = config.dim, config.intermediate_size, config.embed_kernel
-    model = _engine.VocosModel(config, dtype, isa)
+    model = _engine.VocosModel(config, dtype, OUTER_DTYPES.get(dtype, dtype), isa)
     embed = file.pop("decoder.embed.weight", (dim, config.input_size, taps))
     model.set_embedding(
         np.ascontiguousarray(embed.transpose(2, 0, 1)).reshape(taps * dim, config.input_size),
