@@ -192,8 +192,8 @@ def _describe(model_id: str, name: str, revision: str) -> RemoteFile | None:
         raise DownloadError(
             f"the hub gives no hash for {name} of {model_id}, so it cannot be verified; check HF_ENDPOINT"
         )
-    same_host = metadata.location.split("/")[:3] == url.split("/")[:3]
-    return RemoteFile(name, metadata.location, metadata.size, metadata.etag, metadata.commit_hash, same_host)
+    pinned = hf_hub_url(model_id, name, revision=metadata.commit_hash, endpoint=endpoint)
+    return RemoteFile(name, pinned, metadata.size, metadata.etag, metadata.commit_hash)
 
 
 def _is_missing_file(error: Exception) -> bool:

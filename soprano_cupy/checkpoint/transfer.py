@@ -30,14 +30,17 @@ RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the hub describes it. etag: its SHA-256, or for small files the SHA-1 of its git blob."""
+    """A file as the hub describes it.
+
+    url: the hub's own address at one commit, which redirects large files to a signed one that soon expires.
+    etag: the content's SHA-256, or for small files the SHA-1 of its git blob.
+    """
 
     name: str
     url: str
     size: int
     etag: str
     commit: str
-    same_host: bool  # as the hub itself: only then may the user's token be sent
 
 
 def part_path(blob: Path) -> Path:
@@ -132,7 +135,7 @@ def _receive(file: RemoteFile, stream: BinaryIO, start: int, report: Callable[[i
 
     A server that ignores the range sends the file from its start, which then replaces what was there.
     """
-    with closing(_request(file.url, start, file.same_host)) as answer:
+    with closing(_request(file.url, start)) as answer:
         try:
             first = next(answer)
             if first != start:
@@ -157,17 +160,16 @@ class _BrokenError(Exception):
     """A request that failed in a way that another may not."""
 
 
-def _request(url: str, start: int, same_host: bool) -> Generator[Any, None, None]:
+def _request(url: str, start: int) -> Generator[Any, None, None]:
     """Yield the offset at which the server begins, then the bytes from there on.
 
+    The user's token goes to the hub only; the HTTP libraries drop it where they are sent to another host.
     Whatever goes wrong on the network becomes `_BrokenError`, whichever HTTP library `huggingface_hub` uses.
     """
     import huggingface_hub.utils
 
     utils: Any = huggingface_hub.utils  # re-exports that type checkers do not see
     headers = dict(utils.build_hf_headers())
-    if not same_host:
-        headers.pop("authorization", None)
     headers["Accept-Encoding"] = "identity"  # offsets count the file's own bytes
     if start:
         headers["Range"] = f"bytes={start}-"
