@@ -8,7 +8,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-KERNEL_FILES = {".cu", ".cuh", ".cubin"}
+KERNEL_FILES = {".cu", ".cuh", ".cubin", ".json"}  # .json: which NVRTC built the binaries
 
 
 class BuildWithKernels(build_py):

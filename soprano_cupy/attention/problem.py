@@ -103,25 +103,21 @@ def pack_params(
 
     out: like q, rows contiguous. lse: (num_heads, total_q) float32. The caller keeps all arrays alive.
     """
-    params = np.zeros(1, PARAMS_DTYPE)
-    record = params[0]
+    values: dict[str, Any] = {
+        "lse": _address(lse),
+        "cu_seqlens_q": _address(problem.cu_seqlens),
+        "cu_seqlens_k": _address(problem.cu_seqlens) if problem.form == "packed" else 0,
+        "kv_lengths": _address(problem.kv_lengths),
+        "workspace": _address(workspace),
+        "splits": splits,
+    }
     for name, array in (("q", problem.q), ("k", problem.k), ("v", problem.v), ("out", out)):
-        batch, token, head = _strides(array)
-        record[name] = _address(array)
-        record[f"{name}_batch_stride"], record[f"{name}_token_stride"], record[f"{name}_head_stride"] = (
-            batch,
-            token,
-            head,
-        )
-    record["lse"] = _address(lse)
-    record["cu_seqlens_q"] = _address(problem.cu_seqlens)
-    record["cu_seqlens_k"] = _address(problem.cu_seqlens) if problem.form == "packed" else 0
-    record["kv_lengths"] = _address(problem.kv_lengths)
-    record["workspace"] = _address(workspace)
+        values[name] = _address(array)
+        for axis, stride in zip(("batch", "token", "head"), _strides(array), strict=True):
+            values[f"{name}_{axis}_stride"] = stride
     for name in ("batch", "total_q", "seqlen_q", "seqlen_k", "num_heads", "num_kv_heads", "scale_log2"):
-        record[name] = getattr(problem, name)
-    record["splits"] = splits
-    return params
+        values[name] = getattr(problem, name)
+    return np.array([tuple(values[name] for name in PARAMS_DTYPE.names or ())], PARAMS_DTYPE)
 
 
 def _address(array: Array | None) -> int:
