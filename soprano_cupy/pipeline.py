@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from . import settings
 from .audio import check_writable, make_folder, write_wav
 from .checkpoint import resolve_model
-from .config import TOKEN_SAMPLES
+from .config import TOKEN_SAMPLES, ModelConfig, read_json
 from .device import resolve_device
 from .engine import Engine, Timings
 from .errors import CheckpointError, ParameterError, TextError
@@ -21,12 +22,14 @@ from .generation import Request
 from .qwen3 import Qwen3
 from .sampling import SamplingParams
 from .text import build_prompts
+from .text.sentences import MAX_LENGTH
 from .tokenizer import Tokenizer
 from .vocos import VocosDecoder
 
 logger = logging.getLogger(__name__)
 
 MAX_RETRIES = 100
+MIN_TEXT_LENGTH = 30  # characters; cut finer than this, no model speaks well
 
 
 class SopranoTTS:
@@ -79,6 +82,7 @@ class SopranoTTS:
                 f"makes {language_model.config.hidden_size}; the two files belong to different checkpoints"
             )
         self.engine = Engine(language_model.runner, decoder.runner)
+        self._max_text_length = max_text_length(folder, language_model.config)
         self.timings = Timings()
 
     def infer(
@@ -189,10 +193,25 @@ class SopranoTTS:
         """One request for each sentence; sentence i draws from random stream i."""
         if not isinstance(text, str):
             raise ParameterError(f"text must be a string, not {type(text).__name__}")
-        prompts = build_prompts(text)
+        prompts = build_prompts(text, self._max_text_length)
         if not prompts:
             raise TextError(f"nothing to speak in {text!r:.60}; give at least one word or number")
         return [Request(self._tokenizer.encode(prompt), params, index) for index, prompt in enumerate(prompts)]
+
+
+def max_text_length(folder: Path, config: ModelConfig) -> int:
+    """Characters that the model speaks well in one sentence: longer ones are cut.
+
+    A checkpoint may say so itself (`max_text_length` in generation_config.json). A character is at most one token,
+    and half of the positions are kept for the sound.
+    """
+    path = folder / "generation_config.json"
+    wanted = read_json(path).get("max_text_length", MAX_LENGTH) if path.is_file() else MAX_LENGTH
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or not MIN_TEXT_LENGTH <= wanted <= MAX_LENGTH:
+        raise CheckpointError(
+            f"{path}: max_text_length = {wanted!r} must be a whole number from {MIN_TEXT_LENGTH} to {MAX_LENGTH}"
+        )
+    return max(MIN_TEXT_LENGTH, min(wanted, config.max_positions // 2))
 
 
 def _check_retries(retries: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import wave
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 
 from soprano_cupy import CheckpointError, OutputError, ParameterError, SopranoTTS, TextError
 from soprano_cupy.generation import LOOP_LENGTH
-from soprano_cupy.testing import make_checkpoint
+from soprano_cupy.pipeline import max_text_length
+from soprano_cupy.testing import TINY, make_checkpoint
 
 CPU_AND_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TEXT = "Hello there, how are you this fine morning? I am quite well, thank you very much. See you soon, my old friend."
@@ -162,6 +165,21 @@ def test_states_and_decoder_must_fit(folder: Path, shared_dir: Path, tmp_path: P
     (tmp_path / "decoder.safetensors").write_bytes((shared_dir / "voice/decoder.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="belong to different checkpoints"):
         SopranoTTS(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("positions", "wanted", "expected"), [(1024, None, 300), (512, None, 256), (1024, 180, 180), (16, None, 30)]
+)
+def test_longest_sentence(tmp_path: Path, positions: int, wanted: int | None, expected: int) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({} if wanted is None else {"max_text_length": wanted}))
+    assert max_text_length(tmp_path, dataclasses.replace(TINY, max_positions=positions)) == expected
+
+
+@pytest.mark.parametrize("wanted", [0, 29, 301, "100", True, 1.5, None])
+def test_longest_sentence_out_of_range(tmp_path: Path, wanted: object) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"max_text_length": wanted}))
+    with pytest.raises(CheckpointError, match="max_text_length = "):
+        max_text_length(tmp_path, TINY)
 
 
 class Stuck:
