@@ -21,6 +21,8 @@ constexpr int WARP_ROWS = 16 * ROW_TILES;
 constexpr int ROWS = WARPS_M * WARP_ROWS;
 constexpr int WARP_KEYS = BLOCK_KEYS / WARPS_N;
 constexpr int DEPTH_STEPS = HEAD_DIM / 16;  // tensor-core products along a row of Q and K
+// Q in registers is indexed by the step; else a full unrolling would only gather more operands than registers.
+constexpr int DEPTH_UNROLL = Q_IN_REGISTERS ? DEPTH_STEPS : 2;
 constexpr unsigned TILE_BYTES = BLOCK_KEYS * ROW_BYTES;
 constexpr unsigned STAGE_BYTES = 2 * TILE_BYTES;  // K, then V
 
@@ -60,7 +62,7 @@ DEVICE void multiply_qk(Scores& s_rmem, const QueryFragments& q_rmem, unsigned q
             for (int i = 0; i < 4; ++i) s_rmem[m][n][i] = 0.0f;
     const unsigned q_lane_smem = opaque(q_warp_smem + lane_offset_rows_first(lane_index()));
     const unsigned k_lane_smem = opaque(k_warp_smem + lane_offset_columns_first(lane_index()));
-#pragma unroll
+#pragma unroll DEPTH_UNROLL
     for (int d = 0; d < DEPTH_STEPS; ++d) {
         unsigned a_rmem[ROW_TILES][4];
 #pragma unroll

@@ -41,7 +41,9 @@ struct RowTile {
 template <int ROWS> DEVICE RowTile select_tile(const AttentionParams& params) {
     const unsigned tiles = (static_cast<unsigned>(params.seqlen_q) * GROUP + ROWS - 1) / ROWS;
     const unsigned pairs = gridDim.x / tiles;
-    const unsigned pair = blockIdx.y * pairs + blockIdx.x % pairs;
+    // Opaque: a kernel that selects its tile again, after its loop, keeps nothing of it in registers meanwhile.
+    const unsigned block = opaque(blockIdx.x);
+    const unsigned pair = blockIdx.y * pairs + block % pairs;
     const int batch = pair / params.num_kv_heads, kv_head = pair % params.num_kv_heads;
     RowTile tile;
     tile.num_rows = 0;
@@ -78,7 +80,7 @@ template <int ROWS> DEVICE RowTile select_tile(const AttentionParams& params) {
     tile.lse = params.lse == nullptr
                    ? nullptr
                    : params.lse + kv_head * GROUP * static_cast<long long>(params.total_q) + tile.first_query;
-    tile.first_row = static_cast<int>(tiles - 1 - blockIdx.x / pairs) * ROWS;
+    tile.first_row = static_cast<int>(tiles - 1 - block / pairs) * ROWS;
     const int rest = tile.queries * GROUP - tile.first_row;
     tile.num_rows = rest < ROWS ? rest : ROWS;
     return tile;

@@ -32,11 +32,25 @@ DEVICE unsigned lane_offset_columns_first(int lane) {
 // zeros and never read. first_row: the row of index 0 in global memory; stride: elements from row to row.
 template <int ROWS, int THREADS>
 DEVICE void copy_tile_async(unsigned tile_smem, const Element* first_row, long long stride, int valid_rows) {
-    constexpr int ROWS_AT_ONCE = THREADS / CHUNKS;
+    constexpr int ROWS_AT_ONCE = THREADS / CHUNKS, PASSES = ROWS / ROWS_AT_ONCE;
     static_assert(ROWS % ROWS_AT_ONCE == 0, "the block's threads must divide the tile");
     const int row = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
     const Element* source = first_row + row * stride + chunk * CHUNK;
+#if __CUDA_ARCH__ >= 800
 #pragma unroll
-    for (int i = 0; i < ROWS; i += ROWS_AT_ONCE)
-        copy_async_16(tile_smem + tile_offset(row + i, chunk), source + i * stride, row + i < valid_rows);
+    for (int i = 0; i < PASSES; ++i)
+        copy_async_16(tile_smem + tile_offset(row + i * ROWS_AT_ONCE, chunk), source + i * ROWS_AT_ONCE * stride,
+                      row + i * ROWS_AT_ONCE < valid_rows);
+#else
+    // No asynchronous copies: all loads before the first store, so that they are in flight together.
+    uint4 staged_rmem[PASSES];
+#pragma unroll
+    for (int i = 0; i < PASSES; ++i) {
+        staged_rmem[i] = make_uint4(0u, 0u, 0u, 0u);
+        if (row + i * ROWS_AT_ONCE < valid_rows) staged_rmem[i] = load_global<uint4>(source + i * ROWS_AT_ONCE * stride);
+    }
+#pragma unroll
+    for (int i = 0; i < PASSES; ++i)
+        store_shared<uint4>(tile_smem + tile_offset(row + i * ROWS_AT_ONCE, chunk), staged_rmem[i]);
+#endif
 }

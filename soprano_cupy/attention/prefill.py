@@ -75,8 +75,7 @@ class Tile:
 # asks for on the larger GPUs; then O takes 128 registers at head_dim 128 and Q stays in shared memory.
 WIDE = {
     128: (
-        Tile(4, 2, 1, 64, 2, False, 2, "32 rows a warp, and the next K and V arrive during a whole block's work"),
-        Tile(4, 2, 1, 64, 1, False, 2, "32 rows a warp; one stage lets two blocks share 164 KB"),
+        Tile(4, 2, 1, 48, 2, False, 2, "32 rows a warp; S of 48 keys leaves registers, two blocks take 162 KB"),
         Tile(4, 1, 1, 64, 1, True, 2, "16 rows a warp: two blocks share 100 KB, one hides the other's barriers"),
         Tile(4, 1, 1, 64, 1, True, 1, "16 rows a warp: one block in the 64 KB of Turing"),
     ),
