@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from .device import array_module, to_host
+from .errors import ParameterError
 from .runner import LanguageModelRunner
 from .sampling import SamplingParams, draw, greedy, penalise, uniform
 
@@ -84,6 +85,11 @@ class Loop:
         self._runner = runner
         self._requests = requests
         self._xp = array_module(runner.device)
+        prompt = max(len(r.ids) for r in requests)
+        if prompt > runner.config.max_positions:
+            raise ParameterError(
+                f"a prompt has {prompt} tokens; this model reads at most {runner.config.max_positions}: split the text"
+            )
         longest = max(len(r.ids) + r.params.max_new_tokens for r in requests)
         self._cache = runner.new_cache(len(requests), min(longest, runner.config.max_positions))
         self._active = list(range(len(requests)))  # the request in each slot

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from soprano_cupy.config import ModelConfig
+from soprano_cupy.errors import ParameterError
 from soprano_cupy.generation import LOOP_LENGTH, Generation, LoopCheck, Request, generate
 from soprano_cupy.runner import KVCache, LanguageModelRunner
 from soprano_cupy.sampling import SamplingParams
@@ -81,6 +82,11 @@ def test_the_models_positions_are_a_limit_too() -> None:
     (out,) = generate(Counting(), [request(*range(10, 40), *range(0, 30), limit=100)])  # 60 of 64 positions
     assert len(out.tokens) == 5  # the fifth is predicted from the 64th position
     assert out.finish_reason == "length"
+
+
+def test_a_prompt_longer_than_the_model_reads_is_refused() -> None:
+    with pytest.raises(ParameterError, match="65 tokens; this model reads at most 64"):
+        generate(Counting(), [request(*[5] * 65)])
 
 
 def test_stop_at_once_gives_no_states() -> None:
