@@ -1,0 +1,80 @@
+# make speak TEXT="..."  and  make test  need nothing set up before: python3 (3.10 or newer, with venv), gcc and a
+# package registry. Everything is installed into .venv; `make clean` removes it again.
+
+PYTHON ?= python3
+TEXT ?= Hello. I am a small voice, and I speak without a network.
+ARGS ?=
+CUDA ?= 13
+VENV := .venv
+BIN := $(VENV)/bin
+export TEXT
+
+# what an editable install has to be repeated for
+BUILT_FROM := pyproject.toml setup.py $(wildcard soprano_cupy/cpu/build.py soprano_cupy/cpu/*.pyx soprano_cupy/cpu/*.pxd \
+	soprano_cupy/cpu/csrc/*.[ch])
+C_SOURCES = $(shell find kernels soprano_cupy/cpu/csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.[ch]' \
+	-o -name '*.[ch]pp')
+BENCHMARKS = $(wildcard benchmarks/attention.py benchmarks/runtime.py benchmarks/vocos.py)
+
+.PHONY: help speak test lint format test-gpu bench-gpu wheel clean
+
+help:
+	@echo 'make speak TEXT="..."   speak with the bundled voice into speech.wav'
+	@echo 'make test               run every test that needs no GPU (ARGS="-k name" picks some)'
+	@echo 'make lint               ruff, mypy and clang-format; make format applies what they can'
+	@echo 'make test-gpu           run the tests that need a GPU (CUDA=12 for an older driver)'
+	@echo 'make bench-gpu          measure on a GPU into benchmarks/results/'
+	@echo 'make wheel              build dist/*.tar.gz and dist/*.whl'
+	@echo 'make clean              remove everything that was built'
+
+speak: $(VENV)/package
+	@$(BIN)/soprano-cupy generate -v -m mini -t "$$TEXT" -o speech.wav
+
+test: $(VENV)/test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(C_SOURCES)
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_SOURCES)
+
+test-gpu: $(VENV)/gpu
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench-gpu: $(VENV)/gpu
+	@set -e; for program in $(BENCHMARKS); do $(BIN)/python $$program; done
+
+wheel: $(VENV)/wheel
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
+	find soprano_cupy tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} +
+	rm -f soprano_cupy/cpu/*.so soprano_cupy/cpu/_*.c
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo 'Python 3.10 or newer is needed: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo 'python3 cannot make an environment: apt install python3-venv' >&2; exit 1; }
+
+# -e: the checkout itself is the package; its extension modules are compiled here, unless they are newer than their
+# sources already
+$(VENV)/package $(VENV)/test $(VENV)/lint $(VENV)/gpu: $(BIN)/python $(BUILT_FROM)
+	@echo 'installing into $(VENV), once'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.$(EXTRAS)'
+	@touch $(VENV)/package $@
+
+$(VENV)/test: EXTRAS := [test]
+$(VENV)/lint: EXTRAS := [test,lint]
+$(VENV)/gpu: EXTRAS := [test,cuda$(CUDA)]
+
+$(VENV)/wheel: $(BIN)/python
+	@$(BIN)/python -m pip install -q --disable-pip-version-check 'build>=1.2'
+	@touch $@
