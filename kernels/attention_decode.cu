@@ -5,14 +5,14 @@
 // One thread block serves TILE_ROWS query rows of one key-value head: all its GROUP query heads, times the query
 // tokens. K and V are read once for all of them.
 //
-// A sequence's keys are cut into splits whose size depends on the sequence's own length alone (split_blocks). A
-// split is reduced from a fresh state, block by block, and the states of the splits are merged in order. Whether one
+// A sequence's keys are cut into splits whose size depends on the sequence's own length alone (struct Splits). A split
+// is reduced from a fresh state, block by block, and the states of the splits are merged in order. Whether one
 // thread block takes all the splits of a sequence or several share them (params.splits) changes who does that
 // arithmetic and nothing else, so the result of a sequence has the same bits in any batch, on any slot, in any grid.
 // Where several blocks share, each leaves its splits' states in the workspace and the last to finish merges them.
 //
 // Compile-time: HEAD_DIM 32, 64 or 128; GROUP; CAUSAL; DTYPE_*; TILE_ROWS (8, 16 or 32 on tensor cores, else 4 or 8).
-// Launch: grid (row groups x params.splits, num_kv_heads, batch), block HEAD_DIM threads, soprano_cupy/attention/decode.py.
+// Launch (soprano_cupy/attention/decode.py): grid (row groups x params.splits, num_kv_heads, batch), HEAD_DIM threads.
 // q, k, v and out are aligned to 16 bytes, and so are their strides.
 #include "attention_params.cuh"
 #include "device.cuh"
@@ -76,7 +76,8 @@ DEVICE long long row_offset(const AttentionParams& params, int first_query, int 
 }
 
 // Query rows first_row and on into shared memory; rows that do not exist become zeros.
-DEVICE void load_queries(const AttentionParams& params, const Sequence& sequence, int first_row, unsigned queries_smem) {
+DEVICE void load_queries(const AttentionParams& params, const Sequence& sequence, int first_row,
+                         unsigned queries_smem) {
     constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK, CHUNKS = TILE_ROWS * ROW_CHUNKS;
 #pragma unroll
     for (int first = 0; first < CHUNKS; first += THREADS) {
@@ -116,12 +117,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR /
 attention_decode(const __grid_constant__ AttentionParams params) {
     const bool one_row_group = params.seqlen_q * GROUP <= TILE_ROWS;
     const int row_group = one_row_group ? 0 : blockIdx.x / params.splits;
-    const int share = blockIdx.x - row_group * params.splits;  // takes the splits share, share + params.splits, ...
+    const int share = blockIdx.x - row_group * params.splits;  // takes the splits share, share + shares, ...
     const int first_row = row_group * TILE_ROWS;
     const Sequence sequence(params, blockIdx.z);
     if (first_row >= sequence.queries * GROUP) return;
     const Splits splits(sequence.keys);
-    if (share > 0 && share >= splits.count) return;  // without keys, the first block is left to write zeros
+    const int shares = splits.shares(params.splits);
+    if (share >= shares) return;
 
     const unsigned smem = shared_base();
     const unsigned keys_smem = smem + warp_index() * WARP_TILE_BYTES, values_smem = keys_smem + VALUES_AT;
@@ -141,13 +143,12 @@ attention_decode(const __grid_constant__ AttentionParams params) {
     RowState state[HELD_ROWS];  // of the split under way
     clear(state);
 
-    const bool shared = params.splits > 1 && splits.count > 1;  // with other thread blocks
     unsigned scores_smem = smem + SCORES_AT;
     int next;
     for (int block = begin; block < splits.blocks; block = next) {
         const int split = block >> splits.shift;
         const bool split_ends = (block + 1) >> splits.shift != split || block + 1 == splits.blocks;
-        next = split_ends ? (split + params.splits) << splits.shift : block + 1;
+        next = split_ends ? (split + shares) << splits.shift : block + 1;
         copy_async_wait<1>();  // the keys are there; the values may still be on their way
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; ++tile) {
@@ -171,15 +172,14 @@ attention_decode(const __grid_constant__ AttentionParams params) {
         }
         copy_async_commit();
 
-        if (!split_ends || (!shared && splits.shift == 0)) continue;  // alone, one block is a split and merged already
-        if (shared) workspace.store(split, state);
+        if (!split_ends || (shares == 1 && splits.shift == 0)) continue;  // alone, blocks are splits and merged already
+        if (shares > 1) workspace.store(split, state);
         else if (split == 0) total.store(state);
         else total.merge(state);
         clear(state);
     }
-    if (shared) {
-        const int blocks = params.splits < splits.count ? params.splits : splits.count;
-        if (!workspace.last_to_arrive(blocks, smem + ARRIVAL_AT)) return;
+    if (shares > 1) {
+        if (!workspace.last_to_arrive(shares, smem + ARRIVAL_AT)) return;
         workspace.merge(splits.count, state);
     } else if (splits.shift > 0) {
         total.load(state);

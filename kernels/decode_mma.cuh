@@ -172,6 +172,7 @@ DEVICE bool writes_lse() { return lane_index() % 4 == 0; }
 DEVICE void store_output(Element* row, const float (&acc)[HELD_DIMS], float factor) {
 #pragma unroll
     for (int n = 0; n < HELD_DIMS / 2; ++n) {
-        store_global<unsigned>(row + 8 * n + 2 * (lane_index() % 4), pack2(acc[2 * n] * factor, acc[2 * n + 1] * factor));
+        const unsigned pair = pack2(acc[2 * n] * factor, acc[2 * n + 1] * factor);
+        store_global<unsigned>(row + 8 * n + 2 * (lane_index() % 4), pair);
     }
 }

@@ -36,8 +36,8 @@ DEVICE unsigned value_slot(unsigned tile, int key, int chunk) {
     return tile + key * (VALUE_CHUNKS * 16) + (chunk ^ (key / 2 % VALUE_CHUNKS)) * 16;
 }
 
-// Issues the copies of this warp's keys of the block that begins at key `first`. Past `count` keys zeros are written and
-// nothing is read: what the unused part of a cache holds never enters the arithmetic.
+// Issues the copies of this warp's keys of the block that begins at key `first`. Past `count` keys zeros are written
+// and nothing is read: what the unused part of a cache holds never enters the arithmetic.
 DEVICE void load_keys(unsigned tile, const Element* keys, long long token_stride, int first, int count) {
     const int key = first + warp_index() * WARP_KEYS + lane_index() / 4;
 #pragma unroll

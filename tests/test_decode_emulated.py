@@ -331,7 +331,8 @@ def test_calls_that_are_not_served(change: dict[str, Any]) -> None:
     [
         ({}, 8, 16),
         ({"seqlen_k": 64}, 8, 1),
-        ({"seqlen_k": 65}, 8, 2),
+        ({"seqlen_k": 192}, 8, 1),
+        ({"seqlen_k": 193}, 8, 4),
         ({"batch": 64}, 8, 5),
         ({"batch": 165}, 8, 1),
         ({"batch": 512}, 8, 1),

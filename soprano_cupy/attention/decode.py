@@ -32,6 +32,7 @@ WARP_TILE_BYTES = 4096  # of K, and of V, that a warp has in flight or in use
 # block a multiprocessor on, dividing the sequences gains nothing; below, two for each keep the memory busy.
 ENOUGH_BLOCKS = 1.25  # for each multiprocessor
 BLOCKS_WHEN_DIVIDED = 2
+FEW_SPLITS = 3  # are not worth dividing; as in kernels/decode_state.cuh
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,10 @@ def select_tile(compute_capability: tuple[int, int], dtype: str, head_dim: int, 
 
 def select_splits(slots: int, seqlen_k: int, block_keys: int, multiprocessors: int) -> int:
     """Blocks of threads for each of `slots` (sequence, KV head, row group); at most one for each split."""
-    if slots >= ENOUGH_BLOCKS * multiprocessors or slots > MAX_SLOTS:
+    splits = most_splits(seqlen_k, block_keys)
+    if slots >= ENOUGH_BLOCKS * multiprocessors or slots > MAX_SLOTS or splits <= FEW_SPLITS:
         return 1
-    return min(most_splits(seqlen_k, block_keys), -(-BLOCKS_WHEN_DIVIDED * multiprocessors // slots))
+    return min(splits, -(-BLOCKS_WHEN_DIVIDED * multiprocessors // slots))
 
 
 def split_keys(keys: int, block_keys: int) -> int:
