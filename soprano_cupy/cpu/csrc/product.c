@@ -40,7 +40,7 @@ static void finish_unit(const Kernels *k, const Product *p, const Unit *u, const
 
 void product_share(Team *team, const Kernels *k, const Product *p) {
     const Matrix *m = p->matrix;
-    float tile[TILE_ROWS * BLOCK] __attribute__((aligned(64)));
+    float tile[TILE_ROWS * BLOCK] __attribute__((aligned(4096)));
     int chunks = ceil_div(p->x->rows, TILE_ROWS), panels = PANELS;
     /* A block's panels are taken together unless that leaves members idle. */
     if (m->blocks * chunks < 2 * team->threads) panels = p->finish == SWIGLU ? 2 : 1;
