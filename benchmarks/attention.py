@@ -29,6 +29,7 @@ from benchmarks.common import (
     RESULTS,
     Row,
     Timing,
+    foreign_stream,
     free_memory,
     gpu_limits,
     machine_facts,
@@ -48,7 +49,16 @@ ELEMENT_BYTES = 2
 L2_BYTES = 128 << 20  # inputs of one rotation: more than any GPU's L2 cache
 MAX_ERROR_RATIO, MEAN_ERROR_RATIO = 2.0, 1.5  # against matmul-softmax in the same precision
 
-PREFILL = [(1, 1 << n) for n in range(4, 15)] + [(8, 64), (8, 256), (8, 1024), (64, 256)]
+PREFILL = [(1, 1 << n) for n in range(4, 15)] + [
+    (8, 64),
+    (8, 128),
+    (8, 256),
+    (8, 512),
+    (8, 1024),
+    (64, 64),
+    (64, 256),
+    (64, 512),
+]
 DECODE = [(batch, length) for batch in (1, 8, 64, 512, 1024, 2048) for length in (64, 128, 256, 512, 1024)]
 MEMORY = [1024, 4096, 16384, 65536, 131072]
 QUICK_PREFILL = [(1, 64), (1, 1024), (1, 4096), (1, 16384), (8, 1024)]
@@ -174,8 +184,6 @@ class Torch:
 
     @staticmethod
     def _replayed(torch: Any, calls: Sequence[Callable[[], Any]]) -> Timing:
-        import cupy
-
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             for call in calls[:3]:
@@ -185,7 +193,7 @@ class Torch:
         with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 call()
-        with torch.cuda.stream(stream), cupy.cuda.ExternalStream(stream.cuda_stream):
+        with torch.cuda.stream(stream), foreign_stream(stream.cuda_stream):
             timing = time_eager(graph.replay, milliseconds=20.0)
         return Timing(timing.median / len(calls), timing.p99 / len(calls), timing.repeats)
 
@@ -216,6 +224,7 @@ class Benchmark:
         self.checker.check(f"prefill/{case}", best_attention, inputs)
         checked = best_attention(inputs.q[0], inputs.k[0], inputs.v[0])
         peers = self._peers(inputs, checked, causal=True)
+        flash.release_workspaces()
         extra = peak_extra_bytes(inputs.calls(best_attention)[0])
         standard = time_eager(inputs.calls(standard_attention)[0], milliseconds=20.0)
         standard_extra = peak_extra_bytes(inputs.calls(standard_attention)[0])
@@ -238,6 +247,7 @@ class Benchmark:
         self.checker.check(case, best_attention, inputs)
         checked = best_attention(inputs.q[0], inputs.k[0], inputs.v[0])
         peers = self._peers(inputs, checked, causal=False)
+        flash.release_workspaces()
         extra = peak_extra_bytes(inputs.calls(best_attention)[0])
         ours = time_graph(inputs.calls(best_attention))
         standard = time_eager(inputs.calls(standard_attention)[0], milliseconds=10.0)
@@ -250,6 +260,7 @@ class Benchmark:
         call = inputs.calls(best_attention)[0]
         flops = 4 * HEAD_DIM * HEADS * tokens * (tokens + 1) / 2
         limit = flops / self.limits["matmul_tflop_s"] / 1e6
+        flash.release_workspaces()
         self._add(f"memory/S{tokens}/bf16", time_eager(call), limit, {}, peak_extra_bytes(call), flops)
 
     def _peers(self, inputs: Inputs, checked: Any, *, causal: bool) -> dict[str, float]:
@@ -288,31 +299,24 @@ class Benchmark:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Time and extra memory against length, one sequence, log-log; needs matplotlib."""
+    """Time and memory against length, one sequence, log-log; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (times, memory) = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    by_case = {row.case: row for row in rows}
-    single = [row for row in rows if row.case.startswith("prefill/B1/")]
-    lengths = [int(row.case.split("/")[2][1:]) for row in single]
-    times.plot(lengths, [row.value for row in single], "o-", label="soprano_cupy")
-    for name in sorted({name for row in single for name in row.peer}):
-        points = [(length, row.peer[name]) for length, row in zip(lengths, single, strict=True) if name in row.peer]
-        times.plot(*zip(*points, strict=True), "o-", label=name)
-    limits = [row.limit or np.nan for row in single]
-    times.plot(lengths, limits, "k:", label="limit of this GPU")
-    for prefix, label in (("prefill", "soprano_cupy"), ("prefill_standard", "standard")):
-        found = [by_case.get(f"{prefix}/B1/S{length}/bf16") for length in lengths]
-        points = [
-            (length, row.peak_extra_bytes)
-            for length, row in zip(lengths, found, strict=True)
-            if row is not None and row.peak_extra_bytes is not None
-        ]
-        memory.plot([x for x, _ in points], [max(y, 1) / 2**20 for _, y in points], "o-", label=label)
-    for axis, title in ((times, "prefill, microseconds"), (memory, "memory beyond inputs and output, MB")):
+    single = {_tokens(row): row for row in rows if row.case.startswith("prefill/B1/")}
+    times.plot(list(single), [row.value for row in single.values()], "o-", label="soprano_cupy")
+    for name in sorted({name for row in single.values() for name in row.peer}):
+        points = {tokens: row.peer[name] for tokens, row in single.items() if name in row.peer}
+        times.plot(list(points), list(points.values()), "o-", label=name)
+    times.plot(list(single), [row.limit or np.nan for row in single.values()], "k:", label="limit of this GPU")
+    for prefixes, label in ((("prefill/B1/", "memory/"), "soprano_cupy"), (("prefill_standard/B1/",), "standard")):
+        found = sorted((_tokens(row), row.peak_extra_bytes or 0) for row in rows if row.case.startswith(prefixes))
+        taken = [(extra + tokens * HEADS * HEAD_DIM * ELEMENT_BYTES) / 2**20 for tokens, extra in found]
+        memory.plot([tokens for tokens, _ in found], taken, "o-", label=label)
+    for axis, title in ((times, "prefill, microseconds"), (memory, "memory beyond the inputs, MB")):
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xlabel("tokens")
@@ -323,6 +327,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     sys.stdout.write(f"wrote {path}\n")
+
+
+def _tokens(row: Row) -> int:
+    """1024 of prefill/B1/S1024/bf16."""
+    return int(row.case.split("/S")[1].split("/")[0])
 
 
 def main() -> None:

@@ -39,11 +39,14 @@ class Row:
     peak_extra_bytes: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            name: float(f"{value:.5g}") if isinstance(value, float) else value
-            for name, value in asdict(self).items()
-            if value is not None and value != {}
-        }
+        return {name: _rounded(value) for name, value in asdict(self).items() if value is not None and value != {}}
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to five digits, those of peers too."""
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,20 @@ def _elapsed(events: list[tuple[Any, Any]]) -> list[float]:
     return [cupy.cuda.get_elapsed_time(start, end) * 1000 for start, end in events]
 
 
+def foreign_stream(pointer: int) -> Any:
+    """CuPy's view of a stream made by another library."""
+    import cupy
+
+    if not hasattr(cupy.cuda.Stream, "from_external"):  # before CuPy 14
+        return cupy.cuda.ExternalStream(pointer)
+
+    class Foreign:
+        def __cuda_stream__(self) -> tuple[int, int]:
+            return 0, pointer  # version of the protocol, handle
+
+    return cupy.cuda.Stream.from_external(Foreign())
+
+
 def gpu_limits() -> dict[str, float]:
     """What this GPU reaches: a large copy (bytes read and written) and a large bfloat16 product of random numbers."""
     limits = {"copy_tb_s": _copy_tb_s(), "matmul_tflop_s": _matmul_tflop_s()}
@@ -196,7 +213,10 @@ def machine_facts(*, gpu: bool) -> dict[str, Any]:
             "cuda": f"{runtime // 1000}.{runtime % 1000 // 10}",
             "cupy": cupy.__version__,
         }
-    commit = _output("git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*")
+    # a copy of the files without their history can be told where it comes from
+    commit = os.environ.get("SOPRANO_COMMIT") or _output(
+        "git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--exclude=*"
+    )
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     return facts | {"python": platform.python_version(), "commit": commit, "date": today}
 
@@ -234,7 +254,7 @@ def write_results(
         "what": what,
         **facts,
         "checks": f"passed {checks}",
-        "limits": {name: float(f"{value:.5g}") for name, value in limits.items()},
+        "limits": _rounded(limits),
         "rows": [row.as_json() for row in rows],
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,17 @@ def test_compiles_within_its_registers(nvrtc: Nvrtc, architecture: str, plan: La
 
 
 def register_ceiling(plan: LaunchPlan) -> int:
-    """What each thread may use for the intended number of blocks to fit a multiprocessor."""
+    """What each thread may use for the intended number of warps to fit a multiprocessor; 255 is the machine's limit."""
+    return min(255, REGISTERS // 32 // resident_warps(plan) // 8 * 8)
+
+
+def resident_warps(plan: LaunchPlan) -> int:
+    """Warps that a multiprocessor must hold at once."""
     constants = dict(plan.defines)
-    blocks = constants.get("MIN_BLOCKS", 1)
-    return min(255, REGISTERS // (plan.threads * blocks) // 8 * 8)
+    if plan.source == "attention_decode.cu":
+        return TENSOR_CORE_DECODE_WARPS[constants["TILE_ROWS"]] if "tensor cores" in plan.description else 10
+    return max(8, plan.threads // 32) if "MIN_BLOCKS" not in constants else plan.threads // 32 * constants["MIN_BLOCKS"]
+
+
+# By TILE_ROWS: enough loads under way to hide the memory's latency; the most rows need the registers more.
+TENSOR_CORE_DECODE_WARPS = {8: 16, 16: 12, 32: 8}
