@@ -179,7 +179,7 @@ DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 DEVICE void copy_async_16(unsigned shared_address, const void* source, bool valid) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
                  ::"r"(shared_address), "l"(source), "r"(valid ? 16 : 0) : "memory");
 #else
     uint4 value = make_uint4(0u, 0u, 0u, 0u);

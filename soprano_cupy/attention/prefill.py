@@ -85,6 +85,19 @@ WIDE = {
     ),
     32: (Tile(4, 2, 1, 64, 2, True, 2, "everything is small; two blocks hide each other's barriers"),),
 }  # fmt: skip
+# Too few rows for those, or too few keys to share out: 64 rows, two blocks a multiprocessor hide each other's waits.
+BALANCED = {
+    128: (
+        Tile(4, 1, 1, 64, 2, True, 2, "64 rows; two blocks take 160 KB"),
+        Tile(4, 1, 1, 64, 1, True, 2, "64 rows; two blocks share 100 KB"),
+        Tile(4, 1, 1, 64, 1, True, 1, "64 rows in the 64 KB of Turing"),
+    ),
+    64: (
+        Tile(4, 1, 1, 64, 2, True, 2, "64 rows; two blocks take 80 KB"),
+        Tile(4, 1, 1, 64, 2, True, 1, "64 rows in the 64 KB of Turing"),
+    ),
+    32: (Tile(4, 1, 1, 64, 2, True, 2, "64 rows; two blocks hide each other's waits"),),
+}
 # Fewer rows: eight warps, two for the same rows, halve the time that a block takes over its keys.
 MEDIUM = {
     128: (
@@ -199,16 +212,23 @@ def select_tile(compute_capability: tuple[int, int], head_dim: int, sizes: Probl
     """The largest tiles of which there are enough to keep every multiprocessor busy.
 
     Wide ones only where each multiprocessor has several to balance: under a causal mask the last tile of a sequence
-    is twice the average. Medium ones from half the multiprocessors on; below that, time is latency.
+    is twice the average. Narrow ones below half the multiprocessors, where time is latency; in between, two warps
+    share the keys of a row where there is one block a multiprocessor, and many keys.
     """
-    wide, medium, narrow = (_first_that_fits(table[head_dim], compute_capability, head_dim)
-                            for table in (WIDE, MEDIUM, NARROW))  # fmt: skip
+    wide, balanced, medium, narrow = (_first_that_fits(table[head_dim], compute_capability, head_dim)
+                                      for table in (WIDE, BALANCED, MEDIUM, NARROW))  # fmt: skip
     if _blocks(wide, sizes) >= WIDE_BLOCKS_PER_SM * multiprocessors:
         return wide
-    return medium if 2 * _blocks(medium, sizes) >= multiprocessors else narrow
+    if 2 * _blocks(medium, sizes) < multiprocessors:
+        return narrow
+    several_each = _blocks(balanced, sizes) >= BALANCED_BLOCKS_PER_SM * multiprocessors
+    return balanced if several_each or sizes.seqlen_k <= SHORT_KEYS else medium
 
 
+# Measured on an H200 by benchmarks/prefill_tiles.py.
 WIDE_BLOCKS_PER_SM = 3
+BALANCED_BLOCKS_PER_SM = 2
+SHORT_KEYS = 256  # up to here two warps for the same rows have nothing to share
 
 
 def _first_that_fits(tiles: tuple[Tile, ...], compute_capability: tuple[int, int], head_dim: int) -> Tile:
