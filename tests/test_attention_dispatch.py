@@ -15,6 +15,7 @@ import pytest
 from soprano_cupy import attention as package
 from soprano_cupy.attention import AttentionChoice, dispatch, flash, select_attention, standard, standard_attention
 from soprano_cupy.attention.probe import Case, PathError, Prober, ShapeClass, Verdict, compare, is_sticky, tiny_case
+from soprano_cupy.attention.variants import sizes_only
 from soprano_cupy.cuda.module import DeviceFacts
 from soprano_cupy.device import cuda_problem
 from soprano_cupy.errors import AttentionUnavailable, DeviceError, ParameterError
@@ -351,3 +352,34 @@ def test_the_tiny_case_allows_rounding_and_nothing_else(dtype: str, head_dim: in
         assert compare(path, shape, case, exact.astype(storage)) is None
         short = standard_attention(case.q, case.k, case.v, kv_lengths=case.kv_lengths - 1, cu_seqlens=case.cu_seqlens)
         assert compare(path, shape, case, short) is not None
+
+
+@pytest.mark.parametrize(
+    ("batch", "queries", "keys", "path"),
+    [
+        (1, 1, 1024, "decode"),
+        (512, 16, 1024, "decode"),
+        (1, 17, 17, "prefill"),
+        (1, 512, 512, "prefill"),
+        (1, 1024, 1024, "hopper"),
+        (8, 256, 256, "prefill"),
+        (8, 512, 512, "hopper"),
+    ],
+)
+def test_which_kernel_serves_a_call(batch: int, queries: int, keys: int, path: str) -> None:
+    """Measured on an H200; without the Hopper kernel, prefill takes its place."""
+    shape = replace(SHAPE, dtype="bfloat16", head_dim=128)
+    problem = replace(sizes_only(shape, batch, queries, keys), device="cuda:0")
+    assert flash.choose(problem, flash.PATHS, FACTS)[0] == path
+    assert flash.choose(problem, ("decode", "prefill"), FACTS)[0] == path.replace("hopper", "prefill")
+    with pytest.raises(DeviceError, match="no flash kernel serves"):
+        flash.choose(problem, (), FACTS)
+
+
+def test_the_length_in_use_decides_not_the_capacity() -> None:
+    shape = replace(SHAPE, dtype="bfloat16", head_dim=128)
+    problem = sizes_only(shape, 8, 100, 1024)
+    assert flash.choose(problem, flash.PATHS, FACTS)[0] == "prefill"
+    assert flash.choose(replace(problem, batch=16, total_q=1600), flash.PATHS, FACTS)[0] == "hopper"
+    in_use = replace(problem, batch=16, total_q=1600, key_lengths=np.full(16, 100))
+    assert flash.choose(in_use, flash.PATHS, FACTS)[0] == "prefill"
