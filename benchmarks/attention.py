@@ -1,6 +1,6 @@
 """Attention on one GPU: ours, matmul-softmax in CuPy, and torch's SDPA where torch is installed, in one run.
 
-    python benchmarks/attention.py [--quick] [--only prefill,decode,memory] [--out FILE] [--plot FILE.png]
+    python benchmarks/attention.py [--quick] [--only prefill,decode,memory,first_use] [--out FILE] [--plot FILE.png]
 
 Every result is checked against float64 before it is timed. Times are GPU microseconds of one call inside a replayed
 CUDA graph, calls rotating through enough inputs that a cache of keys comes from memory; matmul-softmax, which
@@ -8,13 +8,16 @@ cuBLAS in CuPy cannot capture, is launched from Python, and so is ours in the `p
 those of Soprano-1.1-80M: 4 query heads, 1 key-value head, head_dim 128, bfloat16, causal.
 
 Rows: prefill/* and decode/* are what `attention` runs; prefill_mma/*, prefill_hopper/* single kernels;
-prefill_standard/* matmul-softmax. limit is the time that this GPU's matrix products or memory alone would take.
+prefill_standard/* matmul-softmax; first_use/* seconds from nothing to checked kernels. limit is the time that this GPU's matrix products or memory alone would take.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import (
+    REPOSITORY,
     RESULTS,
     Row,
     Timing,
@@ -205,6 +209,17 @@ def _as_torch(array: Any) -> Any:
     return torch.from_dlpack(array.view(np.int16)).view(torch.bfloat16)
 
 
+# CuPy's own start is left out: it has a context and an array before the clock starts.
+_FIRST_USE = """
+import time, cupy
+cupy.zeros(1).get()
+from soprano_cupy.attention import select_attention
+start = time.perf_counter()
+select_attention(device="cuda:0", dtype="bfloat16")
+print(time.perf_counter() - start)
+"""
+
+
 class Benchmark:
     """The run: rows in the order measured, printed as they come."""
 
@@ -262,6 +277,18 @@ class Benchmark:
         limit = flops / self.limits["matmul_tflop_s"] / 1e6
         flash.release_workspaces()
         self._add(f"memory/S{tokens}/bf16", time_eager(call), limit, {}, peak_extra_bytes(call), flops)
+
+    def first_use(self) -> None:
+        """Seconds until the kernels of the model's class are built, loaded and checked, in new processes."""
+        with tempfile.TemporaryDirectory() as cache:
+            for name in ("fresh_cache", "warm_cache"):
+                environment = {**os.environ, "SOPRANO_CACHE_DIR": cache, "SOPRANO_ATTENTION": "flash"}
+                command = [sys.executable, "-c", _FIRST_USE]
+                done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(f"first_use/{name} failed: {done.stderr.strip().splitlines()[-1:]}")
+                self.rows.append(Row(f"first_use/{name}", float(done.stdout), "s", 1))
+                sys.stdout.write(f"first_use/{name:24} {float(done.stdout):10.3f} s\n")
 
     def _peers(self, inputs: Inputs, checked: Any, *, causal: bool) -> dict[str, float]:
         timings = {name: self.torch.time(name, inputs, causal=causal, checked=checked) for name in self.torch.backends}
@@ -337,7 +364,7 @@ def _tokens(row: Row) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few cases, under a minute")
-    parser.add_argument("--only", default="prefill,decode,memory", help="parts to run, separated by commas")
+    parser.add_argument("--only", default="prefill,decode,memory,first_use", help="parts to run, separated by commas")
     parser.add_argument("--out", type=Path, help="result file; benchmarks/results/<gpu>-attention.json by default")
     parser.add_argument("--plot", type=Path, help="also draw time and memory against length to this file")
     options = parser.parse_args()
@@ -353,6 +380,7 @@ def main() -> None:
         "prefill": (benchmark.prefill, QUICK_PREFILL if options.quick else PREFILL),
         "decode": (benchmark.decode, QUICK_DECODE if options.quick else DECODE),
         "memory": (benchmark.memory, QUICK_MEMORY if options.quick else MEMORY),
+        "first_use": (benchmark.first_use, [()]),
     }
     for part in options.only.split(","):
         run, cases = parts[part]
