@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import ParameterError
+from .. import settings
 from . import _engine
 
-THREADS_VARIABLE = "SOPRANO_THREADS"
-MAX_THREADS = 256
+MAX_THREADS = 256  # of the engine's team
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -38,12 +37,7 @@ def cpu_quota(cgroup: Path) -> float | None:
 
 def wanted_threads() -> int:
     """`SOPRANO_THREADS`, else the available cores; `ParameterError` for a setting that is no number of threads."""
-    text = os.environ.get(THREADS_VARIABLE, "").strip()
-    if not text:
-        return available_threads()
-    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_THREADS:
-        raise ParameterError(f"{THREADS_VARIABLE} = {text!r} must be a whole number from 1 to {MAX_THREADS}")
-    return int(text)
+    return min(settings.threads() or available_threads(), MAX_THREADS)
 
 
 def use_wanted_threads() -> int:

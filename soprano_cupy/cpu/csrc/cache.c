@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "arena.h"
+#include "bfloat16.h"
 
 static size_t heads_of(const KeyValues *c) { return (size_t)c->layers * c->slots * c->heads; }
 
@@ -29,13 +30,6 @@ void cache_free(KeyValues *c) {
     c->keys = c->values = NULL;
 }
 
-static uint16_t nearest_bits(float value) {
-    uint32_t word;
-    memcpy(&word, &value, sizeof word);
-    if ((word & 0x7fffffff) > 0x7f800000) return (uint16_t)(word >> 16 | 0x40); /* NaN stays NaN */
-    return (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
-}
-
 void cache_write(const HeadCache *head, int position, const float *key, const float *value, int last) {
     int dim = head->head_dim, panel = position / PANEL, lane = position % PANEL;
     if (head->dtype == FLOAT32) {
@@ -46,8 +40,8 @@ void cache_write(const HeadCache *head, int position, const float *key, const fl
     }
     uint16_t *keys = (uint16_t *)head->keys + ((size_t)panel * dim * PANEL + lane * 2);
     uint16_t *values = (uint16_t *)head->values + (size_t)(position / 2) * head->value_dim * 2 + position % 2;
-    for (int d = 0; d < dim; d++) keys[d / 2 * 2 * PANEL + d % 2] = nearest_bits(key[d]);
-    for (int d = 0; d < dim; d++) values[2 * d] = nearest_bits(value[d]);
+    for (int d = 0; d < dim; d++) keys[d / 2 * 2 * PANEL + d % 2] = bfloat16_nearest(key[d]);
+    for (int d = 0; d < dim; d++) values[2 * d] = bfloat16_nearest(value[d]);
     if (last && position % 2 == 0) {
         for (int d = 0; d < dim; d++) values[2 * d + 1] = 0;
     }

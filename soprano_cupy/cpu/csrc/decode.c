@@ -29,7 +29,8 @@ static void place_buffers(const Decoder *d, DecoderBuffers *b, Arena *arena) {
     b->expanded = arena_floats(arena, frames * padded_inner(s));
     b->heads = arena_floats(arena, frames * (length + 2));
     b->windowed = arena_floats(arena, (PARTS - 1 + frames) * length);
-    size_t outer = operand_bytes(d->outer_dtype, frames, widest_row(s)), blocks = operand_bytes(d->dtype, frames, s->dim);
+    size_t outer = operand_bytes(d->outer_dtype, frames, widest_row(s)),
+           blocks = operand_bytes(d->dtype, frames, s->dim);
     b->operands[0] = arena_take(arena, outer > blocks ? outer : blocks);
     b->operands[1] = arena_take(arena, operand_bytes(d->dtype, frames, s->inner));
     for (int i = 0; i < TEAM_MAX_THREADS; i++) {
@@ -106,7 +107,8 @@ static void open_window(const Pass *p, int index, float *window) {
     size_t kept = (size_t)(s->block_taps - 1) * s->dim, margin = (size_t)(s->block_taps / 2) * s->dim;
     if (p->member != 0 || index >= s->blocks) return;
     memcpy(window, p->piece->voice->histories + index * kept, kept * sizeof *window);
-    if (p->piece->finish) memset(window + kept + (size_t)stage_range(p, index).count * s->dim, 0, margin * sizeof *window);
+    if (p->piece->finish)
+        memset(window + kept + (size_t)stage_range(p, index).count * s->dim, 0, margin * sizeof *window);
 }
 
 /* The embedding's products at token rate: (tokens, taps * dim) behind the tokens that were kept. */
@@ -180,8 +182,12 @@ static void run_block(const Pass *p, int index) {
     }
     team_barrier(p->team);
     if (output.count > 0) {
-        multiply(p, &(Product){.matrix = &block->expand, .x = &x, .finish = GELU, .bias = block->expand_bias,
-                               .out = p->b->expanded, .stride = inner});
+        multiply(p, &(Product){.matrix = &block->expand,
+                               .x = &x,
+                               .finish = GELU,
+                               .bias = block->expand_bias,
+                               .out = p->b->expanded,
+                               .stride = inner});
         for (int r; (r = team_take(p->team, output.count)) >= 0;) {
             k->prepare[p->d->dtype](p->b->expanded + (size_t)r * inner, s->inner, &y, r);
         }
@@ -189,10 +195,15 @@ static void run_block(const Pass *p, int index) {
     }
     open_window(p, index + 1, next);
     if (output.count > 0) {
-        product_share(p->team, k, &(Product){.matrix = &block->contract, .x = &y, .finish = RESIDUAL,
-                                             .bias = block->contract_bias, .gamma = block->gamma,
-                                             .residual = first + (size_t)margin * s->dim,
-                                             .out = next + (size_t)kept * s->dim, .stride = s->dim});
+        product_share(p->team, k,
+                      &(Product){.matrix = &block->contract,
+                                 .x = &y,
+                                 .finish = RESIDUAL,
+                                 .bias = block->contract_bias,
+                                 .gamma = block->gamma,
+                                 .residual = first + (size_t)margin * s->dim,
+                                 .out = next + (size_t)kept * s->dim,
+                                 .stride = s->dim});
     }
     team_barrier(p->team);
 }
@@ -212,12 +223,17 @@ static void synthesise(const Pass *p) {
     }
     operand_place(&x, p->d->outer_dtype, count, s->dim, p->b->operands[0]);
     for (int r; (r = team_take(p->team, count)) >= 0;) {
-        k->layer_norm(frames + (size_t)r * s->dim, p->d->final_norm, p->d->final_norm_bias, LAYER_NORM_EPS, s->dim, row);
+        k->layer_norm(frames + (size_t)r * s->dim, p->d->final_norm, p->d->final_norm_bias, LAYER_NORM_EPS, s->dim,
+                      row);
         k->prepare[p->d->outer_dtype](row, s->dim, &x, r);
     }
     team_barrier(p->team);
-    multiply(p, &(Product){.matrix = &p->d->head, .x = &x, .finish = BIAS, .bias = p->d->head_bias,
-                           .out = p->b->heads, .stride = length + 2});
+    multiply(p, &(Product){.matrix = &p->d->head,
+                           .x = &x,
+                           .finish = BIAS,
+                           .bias = p->d->head_bias,
+                           .out = p->b->heads,
+                           .stride = length + 2});
     for (int unit; (unit = team_take(p->team, ceil_div(count, k->lanes))) >= 0;) {
         int r = unit * k->lanes, rows = count - r < k->lanes ? count - r : k->lanes;
         k->synthesise_frames(&p->d->fft, p->b->heads + (size_t)r * (length + 2), length + 2, rows, p->d->window,
@@ -236,11 +252,13 @@ static void overlap_frames(const Pass *p) {
     for (int i; (i = team_take(p->team, count)) >= 0;) {
         int hop = first + i, newest = hop + 2, edges = (hop == 0) | (newest >= total) << 1;
         const float *frame = p->b->windowed + (ptrdiff_t)(newest - frames.first + PARTS - 1) * length;
-        p->d->kernels->overlap_hop(frame, PARTS, s->hop, edges, p->d->envelope[edges], piece->samples + (size_t)i * s->hop);
+        p->d->kernels->overlap_hop(frame, PARTS, s->hop, edges, p->d->envelope[edges],
+                                   piece->samples + (size_t)i * s->hop);
     }
     team_barrier(p->team);
     if (p->member == 0) {
-        memcpy(piece->voice->windowed, p->b->windowed + (size_t)frames.count * length, (PARTS - 1) * length * sizeof(float));
+        memcpy(piece->voice->windowed, p->b->windowed + (size_t)frames.count * length,
+               (PARTS - 1) * length * sizeof(float));
     }
 }
 

@@ -8,12 +8,12 @@ typedef struct DecoderBuffers {
     pthread_mutex_t busy; /* one piece at a time */
     uint8_t *memory;
     size_t bytes;
-    float *embedded;    /* (kept + PIECE_TOKENS, embed_taps * dim) */
-    float *stages[2];   /* (frames, dim): a block's window, what it kept first; blocks write to the other */
-    float *expanded;    /* (frames, inner padded) */
-    float *heads;       /* (frames, 2 bins) */
-    float *windowed;    /* (3 + frames, 4 hops) */
-    void *operands[2];  /* memory for operands of dim or input, and of inner, columns */
+    float *embedded;   /* (kept + PIECE_TOKENS, embed_taps * dim) */
+    float *stages[2];  /* (frames, dim): a block's window, what it kept first; blocks write to the other */
+    float *expanded;   /* (frames, inner padded) */
+    float *heads;      /* (frames, 2 bins) */
+    float *windowed;   /* (3 + frames, 4 hops) */
+    void *operands[2]; /* memory for operands of dim or input, and of inner, columns */
     struct {
         float *row;     /* (max(dim, input),) */
         float *scratch; /* of synthesise_frames */

@@ -100,7 +100,9 @@ void decoder_free(Decoder *d) {
 int kept_tokens(const DecoderSizes *s) { return 1 + (s->embed_taps + s->frames_per_token - 3) / s->frames_per_token; }
 
 /* Frames that `tokens` states give by interpolation. */
-int interpolated_frames(const DecoderSizes *s, int tokens) { return tokens ? (tokens - 1) * s->frames_per_token + 1 : 0; }
+int interpolated_frames(const DecoderSizes *s, int tokens) {
+    return tokens ? (tokens - 1) * s->frames_per_token + 1 : 0;
+}
 
 /* Frames a convolution has given out once `frames` went in: those whose window is known. */
 int convolved_frames(int frames, int taps, int finished) {

@@ -32,7 +32,7 @@ typedef struct Decoder {
     DecoderSizes sizes;
     int dtype;       /* of the blocks' matrices */
     int outer_dtype; /* of the embedding and the head */
-    Matrix embed; /* embed_taps * dim outputs, tap after tap */
+    Matrix embed;    /* embed_taps * dim outputs, tap after tap */
     float *embed_bias, *norm, *norm_bias;
     Block *blocks;
     float *final_norm, *final_norm_bias;
@@ -49,7 +49,7 @@ typedef struct Decoder {
 /* What one utterance needs of what came before: each stage's last frames. */
 typedef struct Voice {
     const Decoder *decoder;
-    int tokens; /* taken so far */
+    int tokens;       /* taken so far */
     float *embedded;  /* (kept tokens, embed_taps * dim) */
     float *histories; /* (blocks, block_taps - 1, dim) inputs of each block */
     float *windowed;  /* (3, 4 hops) frames that still overlap with the next */

@@ -12,11 +12,11 @@ typedef struct FftPass {
 } FftPass;
 
 typedef struct FftPlan {
-    int length;    /* of the real signal */
-    int half;      /* of the complex transform inside: length / 2 */
+    int length; /* of the real signal */
+    int half;   /* of the complex transform inside: length / 2 */
     int passes;
     FftPass pass[FFT_MAX_PASSES];
-    float *split;  /* (half, 2): exp(2 pi i k / length) */
+    float *split; /* (half, 2): exp(2 pi i k / length) */
     float *memory;
 } FftPlan;
 

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "bfloat16.h"
 #include "product.h"
 
 static void embed(const LanguageModel *model, int token, float *x) {
@@ -13,10 +14,7 @@ static void embed(const LanguageModel *model, int token, float *x) {
         return;
     }
     const uint16_t *bits = (const uint16_t *)model->embeddings + (size_t)token * hidden;
-    for (int i = 0; i < hidden; i++) {
-        uint32_t word = (uint32_t)bits[i] << 16;
-        memcpy(x + i, &word, sizeof word);
-    }
+    for (int i = 0; i < hidden; i++) x[i] = bfloat16_value(bits[i]);
 }
 
 /* The present member's view of a chunk. */

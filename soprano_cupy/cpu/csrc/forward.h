@@ -36,7 +36,7 @@ typedef struct Operands {
 
 /* What each member of the team has for itself. */
 typedef struct Member {
-    float *normed; /* (hidden,) */
+    float *normed;                                               /* (hidden,) */
     void *normed_operand, *attended_operand, *activated_operand; /* memory for up to OWN_ROWS rows */
     float *q;          /* (ATTENTION_ROWS, head_dim), at most ATTENTION_ROW_FLOATS */
     float *scores;     /* (ATTENTION_ROWS, ATTENTION_SPLIT) */
@@ -47,10 +47,10 @@ typedef struct Workspace {
     pthread_mutex_t busy; /* one pass at a time */
     uint8_t *memory;
     size_t bytes;
-    float *x, *kept;   /* (CHUNK_ROWS, hidden) residual stream, and its kept rows in the last layer */
-    float *qkv;        /* (CHUNK_ROWS, q and k and v sizes) */
-    float *attended;   /* (CHUNK_ROWS, q size) */
-    float *activated;  /* (CHUNK_ROWS, inner padded to whole panels) */
+    float *x, *kept;  /* (CHUNK_ROWS, hidden) residual stream, and its kept rows in the last layer */
+    float *qkv;       /* (CHUNK_ROWS, q and k and v sizes) */
+    float *attended;  /* (CHUNK_ROWS, q size) */
+    float *activated; /* (CHUNK_ROWS, inner padded to whole panels) */
     void *normed_operand, *attended_operand, *activated_operand;
     Row *rows;
     Span *spans, *last_spans; /* (CHUNK_ROWS,) */
@@ -64,9 +64,9 @@ typedef struct Workspace {
 typedef struct Chunk {
     const LanguageModel *model;
     const KeyValues *cache;
-    int rows, kept;      /* new rows; rows whose states are wanted */
-    Spans all, last;     /* attention of all rows, and of the kept ones in the last layer */
-    float *states;       /* (kept, hidden) */
+    int rows, kept;  /* new rows; rows whose states are wanted */
+    Spans all, last; /* attention of all rows, and of the kept ones in the last layer */
+    float *states;   /* (kept, hidden) */
 } Chunk;
 
 int padded_inner(const ModelSizes *sizes);

@@ -150,6 +150,4 @@ static void synthesise_frames(const FftPlan *plan, const float *head, ptrdiff_t 
     }
 }
 
-static size_t synthesis_scratch(const FftPlan *plan) {
-    return (size_t)(plan->half + 1) * (2 * COMPLEX + 2);
-}
+static size_t synthesis_scratch(const FftPlan *plan) { return (size_t)(plan->half + 1) * (2 * COMPLEX + 2); }

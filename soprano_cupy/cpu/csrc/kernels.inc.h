@@ -13,10 +13,10 @@
 static void enter_nothing(void) {}
 
 /* The fields of a table that follow from VEC_FLOATS alone. */
-#define COMMON_KERNELS                                                                                       \
-    .rms_norm = rms_norm, .layer_norm = layer_norm, .rotate_head = rotate_head, .finish_store = finish_store, \
-    .finish_add = finish_add, .finish_swiglu = finish_swiglu, .finish_bias = finish_bias,                    \
-    .finish_gelu = finish_gelu, .finish_residual = finish_residual, .attend_split = attend_split,            \
-    .merge_partials = merge_partials, .normalise_partial = normalise_partial,                    \
-    .depthwise_row = depthwise_row, .add_interpolated = add_interpolated, .overlap_hop = overlap_hop,        \
-    .lanes = VEC_FLOATS, .synthesise_frames = synthesise_frames, .synthesis_scratch = synthesis_scratch
+#define COMMON_KERNELS                                                                                                \
+    .rms_norm = rms_norm, .layer_norm = layer_norm, .rotate_head = rotate_head, .finish_store = finish_store,         \
+    .finish_add = finish_add, .finish_swiglu = finish_swiglu, .finish_bias = finish_bias, .finish_gelu = finish_gelu, \
+    .finish_residual = finish_residual, .attend_split = attend_split, .merge_partials = merge_partials,               \
+    .normalise_partial = normalise_partial, .depthwise_row = depthwise_row, .add_interpolated = add_interpolated,     \
+    .overlap_hop = overlap_hop, .lanes = VEC_FLOATS, .synthesise_frames = synthesise_frames,                          \
+    .synthesis_scratch = synthesis_scratch

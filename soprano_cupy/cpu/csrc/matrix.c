@@ -3,6 +3,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "bfloat16.h"
+#include "target.h"
 #include "team.h"
 
 Matrix matrix_shape(int dtype, int outputs, int inputs) {
@@ -48,26 +50,6 @@ typedef struct Packing {
     int count;
 } Packing;
 
-static float bfloat16_value(uint16_t bits) {
-    uint32_t word = (uint32_t)bits << 16;
-    float value;
-    memcpy(&value, &word, sizeof value);
-    return value;
-}
-
-static uint16_t bfloat16_nearest(float value) {
-    uint32_t word;
-    memcpy(&word, &value, sizeof word);
-    return (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
-}
-
-/* The smallest bfloat16 that is not below a value >= 0. */
-static uint16_t bfloat16_above(float value) {
-    uint32_t word;
-    memcpy(&word, &value, sizeof word);
-    return (uint16_t)((word + 0xffff) >> 16);
-}
-
 /* Which source row becomes `output`, or NULL: *dtype says how to read it. */
 static const void *source_row(const Packing *packing, int output, int *dtype) {
     size_t inputs = packing->matrix->inputs;
@@ -108,7 +90,9 @@ static uint16_t quantise(const float values[INT8_GROUP], uint8_t bytes[INT8_GROU
     float inverse = largest > 0 ? 1.0f / bfloat16_value(scale) : 0;
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number in the low bits */
     for (int i = 0; i < INT8_GROUP; i++) {
-        float shifted = values[i] * inverse + magic;
+        float scaled = values[i] * inverse;
+        ROUNDED(scaled);
+        float shifted = scaled + magic;
         int32_t word;
         memcpy(&word, &shifted, sizeof word);
         bytes[i] = (uint8_t)(word + 128);
@@ -132,7 +116,7 @@ static void pack_tile(const Matrix *m, int panel, int tile, const void *rows[PAN
     int depth = tile_depth(m->dtype), first = tile * depth;
     int count = m->inputs - first < depth ? m->inputs - first : depth;
     uint8_t *base = (uint8_t *)matrix_tile(m, panel / PANELS, tile);
-    uint32_t(*target)[PANEL] = (uint32_t(*)[PANEL])(base + panel % PANELS * PANEL_BYTES);
+    uint32_t (*target)[PANEL] = (uint32_t (*)[PANEL])(base + panel % PANELS * PANEL_BYTES);
     uint16_t *scales = (uint16_t *)(base + PANELS * PANEL_BYTES) + panel % PANELS * PANEL;
     uint32_t words[PANEL][WORDS];
     for (int n = 0; n < PANEL; n++) {

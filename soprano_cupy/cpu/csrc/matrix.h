@@ -18,11 +18,11 @@
 
 enum { FLOAT32, BFLOAT16, INT8, DTYPES };
 
-#define PANEL 16   /* outputs of a panel */
-#define PANELS 4   /* panels of a block */
+#define PANEL 16 /* outputs of a panel */
+#define PANELS 4 /* panels of a block */
 #define BLOCK (PANEL * PANELS)
 #define PANEL_BYTES 1024
-#define WORDS 16   /* 32-bit words of inputs in a tile */
+#define WORDS 16      /* 32-bit words of inputs in a tile */
 #define INT8_GROUP 64 /* inputs that share a scale: one tile */
 
 typedef struct Matrix {

@@ -15,7 +15,8 @@ static void finish_unit(const Kernels *k, const Product *p, const Unit *u, const
     if (columns > u->panels * PANEL) columns = u->panels * PANEL;
     if (p->finish == SWIGLU) {
         float *out = p->out + u->first * p->stride + column / 2;
-        for (int i = 0; i < u->panels; i += 2) k->finish_swiglu(tile + i * PANEL, u->rows, out + i / 2 * PANEL, p->stride);
+        for (int i = 0; i < u->panels; i += 2)
+            k->finish_swiglu(tile + i * PANEL, u->rows, out + i / 2 * PANEL, p->stride);
         return;
     }
     ptrdiff_t offset = u->first * p->stride + column;

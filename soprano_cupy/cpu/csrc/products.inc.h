@@ -8,7 +8,7 @@
 /* Panels to multiply with, weights or cached keys and values alike; strides count 32-bit words. */
 typedef struct Panels {
     const uint32_t *data;
-    int tiles, words;                         /* tiles, and words of inputs in each */
+    int tiles, words; /* tiles, and words of inputs in each */
     ptrdiff_t tile_stride, word_stride, panel_stride;
 } Panels;
 
@@ -71,14 +71,14 @@ INLINE void product_block(const int rows, const int panels, const int pairs, con
     }
 }
 
-#define PRODUCT_CASE(rows)                                                                                 \
-    case rows:                                                                                             \
-        for (; panel + PANELS_FOR(rows) <= panels; panel += PANELS_FOR(rows))                              \
-            product_block(rows, PANELS_FOR(rows), pairs, x, x_stride, w, w->data + panel * w->panel_stride, \
-                          out + panel * PANEL, out_stride);                                                \
-        for (; panel < panels; panel++)                                                                    \
-            product_block(rows, 1, pairs, x, x_stride, w, w->data + panel * w->panel_stride,               \
-                          out + panel * PANEL, out_stride);                                                \
+#define PRODUCT_CASE(rows)                                                                                        \
+    case rows:                                                                                                    \
+        for (; panel + PANELS_FOR(rows) <= panels; panel += PANELS_FOR(rows))                                     \
+            product_block(rows, PANELS_FOR(rows), pairs, x, x_stride, w, w->data + panel * w->panel_stride,       \
+                          out + panel * PANEL, out_stride);                                                       \
+        for (; panel < panels; panel++)                                                                           \
+            product_block(rows, 1, pairs, x, x_stride, w, w->data + panel * w->panel_stride, out + panel * PANEL, \
+                          out_stride);                                                                            \
         break;
 
 INLINE void product_any(const int pairs, int rows, int panels, const float *x, ptrdiff_t x_stride, const Panels *w,

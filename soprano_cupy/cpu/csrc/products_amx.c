@@ -36,27 +36,15 @@ static void shape_tiles(unsigned activations, int height) {
 void amx_release(void) { _tile_release(); }
 
 /* Tile numbers are part of the instructions: FOR_TILE(i, action) is action(i) for a constant i. */
-#define FOR_TILE(i, action) \
-    switch (i) {            \
-        case 0:             \
-            action(0);      \
-            break;          \
-        case 1:             \
-            action(1);      \
-            break;          \
-        case 2:             \
-            action(2);      \
-            break;          \
-        case 3:             \
-            action(3);      \
-            break;          \
-        case 4:             \
-            action(4);      \
-            break;          \
-        case 5:             \
-            action(5);      \
-            break;          \
-    }
+#define FOR_TILE(i, action)     \
+    do {                        \
+        if ((i) == 0) action(0); \
+        if ((i) == 1) action(1); \
+        if ((i) == 2) action(2); \
+        if ((i) == 3) action(3); \
+        if ((i) == 4) action(4); \
+        if ((i) == 5) action(5); \
+    } while (0)
 
 /* Ask for a tile's weights early: tile loads take whatever their 16 lines' latency is. */
 static inline __attribute__((always_inline)) void prefetch_weights(const uint8_t *weights, int bytes) {
@@ -66,26 +54,27 @@ static inline __attribute__((always_inline)) void prefetch_weights(const uint8_t
 /* ---- bfloat16: sums in tiles 0 to 5, activations in 6, weights in 7 ---- */
 
 /* out = `row_tiles` x 16 rows of bfloat16 times panels; the last row tile may be lower, as the tiles are shaped. */
-static inline __attribute__((always_inline)) void bfloat16_block(const int row_tiles, const int panels,
-                                                                 const Matrix *m, const uint8_t *weights,
-                                                                 const Operand *x, int first, float *out) {
+static inline __attribute__((always_inline)) void bfloat16_block(const int row_tiles, const int panels, const Matrix *m,
+                                                                 const uint8_t *weights, const Operand *x, int first,
+                                                                 float *out) {
     const uint16_t *bits = x->bits + (size_t)first * x->stride;
 #define CLEAR(sums) _tile_zero(sums)
-    UNROLL for (int i = 0; i < row_tiles * panels; i++) FOR_TILE(i, CLEAR)
+    UNROLL for (int i = 0; i < row_tiles * panels; i++) FOR_TILE(i, CLEAR);
     for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, bits += 2 * WORDS) {
         prefetch_weights(weights + AHEAD * m->tile_bytes, panels * PANEL_BYTES);
         UNROLL for (int p = 0; p < panels; p++) {
             _tile_loadd(7, weights + p * PANEL_BYTES, 64);
             UNROLL for (int r = 0; r < row_tiles; r++) {
-                if (row_tiles > 1 || p == 0) _tile_loadd(6, bits + (size_t)r * HEIGHT * x->stride, x->stride * sizeof *bits);
+                if (row_tiles > 1 || p == 0)
+                    _tile_loadd(6, bits + (size_t)r * HEIGHT * x->stride, x->stride * sizeof *bits);
 #define MULTIPLY(sums) _tile_dpbf16ps(sums, 6, 7)
-                FOR_TILE(r * panels + p, MULTIPLY)
+                FOR_TILE(r * panels + p, MULTIPLY);
             }
         }
     }
 #define STORE(sums) \
     _tile_stored(sums, out + sums / panels * HEIGHT * BLOCK + sums % panels * PANEL, BLOCK * sizeof *out)
-    UNROLL for (int i = 0; i < row_tiles * panels; i++) FOR_TILE(i, STORE)
+    UNROLL for (int i = 0; i < row_tiles * panels; i++) FOR_TILE(i, STORE);
 }
 
 static void bfloat16_2x2(const Matrix *m, const uint8_t *weights, const Operand *x, int first, float *out) {

@@ -62,12 +62,12 @@ INLINE void int8_block(const int rows, const int panels, const uint8_t *tile, in
     }
 }
 
-#define INT8_CASE(count)                                                                                      \
-    case count:                                                                                               \
-        for (; p + INT8_PANELS <= panels; p += INT8_PANELS)                                                   \
+#define INT8_CASE(count)                                                                                              \
+    case count:                                                                                                       \
+        for (; p + INT8_PANELS <= panels; p += INT8_PANELS)                                                           \
             int8_block(count, INT8_PANELS, weights, panel + p, words, x->stride, offsets, x->tiles, out + p * PANEL); \
-        for (; p < panels; p++)                                                                               \
-            int8_block(count, 1, weights, panel + p, words, x->stride, offsets, x->tiles, out + p * PANEL);   \
+        for (; p < panels; p++)                                                                                       \
+            int8_block(count, 1, weights, panel + p, words, x->stride, offsets, x->tiles, out + p * PANEL);           \
         break;
 
 /* The sums of a tile's products begin at zero and end scaled by their row. */
@@ -77,7 +77,8 @@ INLINE void int8_clear(float *out, int rows, int columns) {
 
 INLINE void int8_finish(float *out, int rows, int columns, const float *scales) {
     for (int r = 0; r < rows; r++) {
-        for (int c = 0; c < columns; c += VEC_FLOATS) v_store(out + r * BLOCK + c, v_load(out + r * BLOCK + c) * scales[r]);
+        for (int c = 0; c < columns; c += VEC_FLOATS)
+            v_store(out + r * BLOCK + c, v_load(out + r * BLOCK + c) * scales[r]);
     }
 }
 
@@ -139,7 +140,9 @@ INLINE int32_t round_group(const float *row, int count, float inverse, int32_t w
     vi total = v_set_int(0);
     memcpy(values, row, (count < INT8_GROUP ? count : INT8_GROUP) * sizeof *row);
     for (int i = 0; i < INT8_GROUP; i += VEC_FLOATS) {
-        vi x = __builtin_convertvector(v_round(v_load(values + i) * inverse), vi);
+        vf scaled = v_load(values + i) * inverse;
+        ROUNDED(scaled);
+        vi x = __builtin_convertvector(v_round(scaled), vi);
         memcpy(whole + i, &x, sizeof x);
         total += x;
     }

@@ -9,6 +9,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "target.h"
+
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi" /* every vector function is inlined: no ABI is crossed */
 #endif

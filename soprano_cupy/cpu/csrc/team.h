@@ -12,10 +12,10 @@
 #define TEAM_MAX_THREADS 256
 
 typedef struct Team {
-    int threads;           /* members of the running job, the caller included */
-    _Atomic int arrived;   /* at the present barrier */
-    _Atomic int next_unit; /* of the present phase */
-    _Atomic uint32_t epoch;    /* barriers passed; members sleep on it */
+    int threads;            /* members of the running job, the caller included */
+    _Atomic int arrived;    /* at the present barrier */
+    _Atomic int next_unit;  /* of the present phase */
+    _Atomic uint32_t epoch; /* barriers passed; members sleep on it */
     _Atomic int epoch_sleepers;
 } Team;
 
