@@ -8,7 +8,8 @@ cuBLAS in CuPy cannot capture, is launched from Python, and so is ours in the `p
 those of Soprano-1.1-80M: 4 query heads, 1 key-value head, head_dim 128, bfloat16, causal.
 
 Rows: prefill/* and decode/* are what `attention` runs; prefill_mma/*, prefill_hopper/* single kernels;
-prefill_standard/* matmul-softmax; first_use/* seconds from nothing to checked kernels. limit is the time that this GPU's matrix products or memory alone would take.
+prefill_standard/* matmul-softmax; memory/* lengths at which that cannot run; first_use/* seconds from nothing to
+checked kernels. limit is the time that this GPU's matrix products or memory alone would take.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from soprano_cupy.cuda.module import DeviceFacts
 from soprano_cupy.device import cuda_problem
 from soprano_cupy.errors import AttentionUnavailable, DeviceError, ParameterError
 
-FACTS = DeviceFacts(0, "Test GPU", (9, 0), 132, 227 * 1024)
+FACTS = DeviceFacts(0, "Test GPU", (9, 0), 132)
 SHAPE = ShapeClass("cuda:0", "float16", 64, 4, True)
 
 

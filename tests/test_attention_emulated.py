@@ -25,7 +25,7 @@ from soprano_cupy.attention.probe import PathError, Prober, ShapeClass
 from soprano_cupy.attention.problem import PARAMS_DTYPE
 from soprano_cupy.cuda.module import DeviceFacts
 
-FACTS = DeviceFacts(0, "emulated GPU", (8, 0), 4, 164 * 1024)
+FACTS = DeviceFacts(0, "emulated GPU", (8, 0), 4)
 SHAPES = [
     ShapeClass("cuda:0", "bfloat16", 64, 4, True),
     ShapeClass("cuda:0", "float16", 32, 3, False),

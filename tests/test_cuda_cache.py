@@ -113,7 +113,19 @@ def test_no_home_folder_is_tolerated(monkeypatch: pytest.MonkeyPatch, caplog: py
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert read_entry(KEY) is None
     assert not write_entry(KEY, CUBIN)
-    assert "no home folder" in caplog.text
+    assert len(caplog.records) == 1
+    assert "there is no home folder" in caplog.text
+
+
+def test_a_file_in_the_cache_folders_place_is_tolerated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SOPRANO_CACHE_DIR", str(tmp_path / "file"))
+    assert read_entry(KEY) is None
+    assert not write_entry(KEY, CUBIN)
+    assert len(caplog.records) == 1
+    assert f"SOPRANO_CACHE_DIR = '{tmp_path / 'file'}' is not a folder" in caplog.text
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

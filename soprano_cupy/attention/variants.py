@@ -23,9 +23,7 @@ _UNKNOWN_MULTIPROCESSORS = 108
 
 def architecture_facts(number: int) -> DeviceFacts:
     """A GPU of compute capability `number` (86 for 8.6), for planning without one."""
-    return DeviceFacts(
-        0, f"sm_{number}", divmod(number, 10), MULTIPROCESSORS.get(number, _UNKNOWN_MULTIPROCESSORS), 227 * 1024
-    )
+    return DeviceFacts(0, f"sm_{number}", divmod(number, 10), MULTIPROCESSORS.get(number, _UNKNOWN_MULTIPROCESSORS))
 
 
 def sizes_only(shape: ShapeClass, batch: int, queries: int, keys: int) -> Problem:

@@ -22,6 +22,8 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
+from .. import settings
+from ..errors import ParameterError
 from .source import kernels_folder
 
 log = logging.getLogger(__name__)
@@ -44,15 +46,18 @@ def entry_key(source: str, options: Sequence[str], nvrtc_version: tuple[int, int
 
 
 def cache_folder() -> Path | None:
-    """Where entries are kept: under SOPRANO_CACHE_DIR, else XDG_CACHE_HOME, else ~/.cache; None without a home."""
-    chosen = os.environ.get("SOPRANO_CACHE_DIR")
-    if chosen:
-        return Path(chosen) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME")
+    """Where entries are kept: under SOPRANO_CACHE_DIR, else XDG_CACHE_HOME, else ~/.cache; None where there is none."""
     try:
+        chosen = settings.cache_dir()
+        if chosen is not None:
+            return chosen / "kernels"
+        base = os.environ.get("XDG_CACHE_HOME")
         return (Path(base) if base else Path.home() / ".cache") / "soprano-cupy" / "kernels"
-    except RuntimeError:  # no home folder
-        return None
+    except ParameterError as error:  # SOPRANO_CACHE_DIR names a file
+        _warn_unwritable(os.environ["SOPRANO_CACHE_DIR"], str(error))
+    except RuntimeError:
+        _warn_unwritable("~/.cache", "there is no home folder")
+    return None
 
 
 def read_entry(key: str, folder: Path | None = None) -> bytes | None:
@@ -85,7 +90,6 @@ def write_entry(key: str, cubin: bytes, folder: Path | None = None) -> bool:
     """Store a cubin: a temporary file in the same folder, synced and renamed. False, logged once, if it cannot be."""
     folder = folder or cache_folder()
     if folder is None:
-        _warn_unwritable("(no home folder)", "set SOPRANO_CACHE_DIR")
         return False
     temporary = None
     try:

@@ -32,7 +32,6 @@ class DeviceFacts:
     name: str
     capability: tuple[int, int]
     multiprocessors: int
-    shared_bytes: int  # dynamic shared memory that one block may ask for
 
     @property
     def compute_capability(self) -> int:
@@ -51,7 +50,6 @@ def device_facts(index: int) -> DeviceFacts:
         name=properties["name"].decode(),
         capability=(properties["major"], properties["minor"]),
         multiprocessors=properties["multiProcessorCount"],
-        shared_bytes=properties["sharedMemPerBlockOptin"],
     )
 
 
