@@ -17,6 +17,9 @@ from command_line import run
 
 from soprano_cupy import SopranoTTS
 from soprano_cupy.audio import to_pcm16, wav_bytes
+from soprano_cupy.cli import generate
+from soprano_cupy.cli.progress import bar
+from soprano_cupy.engine import Timings
 from soprano_cupy.testing import make_checkpoint
 
 TEXT = "Hello there, how are you this fine morning? I am quite well, thank you very much."
@@ -214,7 +217,7 @@ def test_progress_on_a_terminal_only(stream: bool, tmp_path: Path, monkeypatch: 
     arguments = ("generate", "-t", TEXT, "-o", tmp_path / "a.wav", *(["--stream"] * stream))
     result = run(*arguments, terminals=("stderr",))
     assert result.code == 0
-    assert "s of sound" in result.err
+    assert "speaking, " in result.err or " s of sound" in result.err
     assert result.err.endswith("\r\x1b[K")  # taken away again
     assert run(*arguments).err == ""
     monkeypatch.setenv("TERM", "dumb")
@@ -308,3 +311,18 @@ def test_without_a_command() -> None:
     result = run()
     assert result.code == 2
     assert "COMMAND" in result.err
+
+
+def test_what_the_progress_line_says(tts: SopranoTTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    tts.timings = Timings()
+    meter = generate._Meter(tts, expected_s=20.0)
+    assert meter.state()[0] is None
+    tts.timings.samples = 5 * 32000
+    assert meter.state() == (0.25, "5 of about 20 s of sound")
+    assert bar(*meter.state()) == "[######..................] 5 of about 20 s of sound"
+    meter.made_s = 30.0
+    assert meter.state() == (0.99, "30 of about 20 s of sound")
+    monkeypatch.setenv("COLUMNS", "10")
+    assert bar(0.5, "text") == "[########"
+    assert bar(None, "text") == "text"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -162,10 +163,13 @@ class _Meter:
 
     def __init__(self, tts: SopranoTTS, expected_s: float) -> None:
         self._tts, self._expected_s = tts, expected_s
+        self._begin = time.perf_counter()
         self.made_s = 0.0
 
     def state(self) -> tuple[float | None, str]:
         made_s = max(self.made_s, self._tts.timings.audio_s)
+        if made_s == 0:
+            return None, f"speaking, {time.perf_counter() - self._begin:.1f} s"
         return min(made_s / self._expected_s, 0.99), f"{made_s:.0f} of about {self._expected_s:.0f} s of sound"
 
 
