@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @pytest.fixture(scope="module")
 def oracle(folders: Folders) -> Oracle:
-    @lru_cache(maxsize=None)
+    @cache
     def states(name: str, dtype: str) -> list[np.ndarray]:
         model = portable_model(folders[name], dtype)
         return [run(model, [prompt(model.config, length)]) for length in LENGTHS]
@@ -89,7 +90,9 @@ def test_float32_states_are_as_good_as_the_portable_ones(folders: Folders, oracl
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("name", ["grouped", "odd"])
-def test_bfloat16_states_err_at_most_twice_as_much_as_plain_ones(folders: Folders, oracle: Oracle, name: str, isa: str) -> None:
+def test_bfloat16_states_err_at_most_twice_as_much_as_plain_ones(
+    folders: Folders, oracle: Oracle, name: str, isa: str
+) -> None:
     model = language_model(folders[name], "bfloat16", isa)
     with pytest.MonkeyPatch.context() as patch:
         plain = plain_bfloat16(folders[name], patch)
@@ -140,7 +143,7 @@ def test_results_do_not_depend_on_how_a_sequence_is_cut(folders: Folders, name: 
     cache = model.new_cache(1, 300)
     poison(cache)
     cuts = [0, 1, 2, 3, 127, 129, 130, 255, 256, 257, 300]
-    pieces = [extend(model, cache, [ids[a:b]]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    pieces = [extend(model, cache, [ids[a:b]]) for a, b in pairwise(cuts)]
     np.testing.assert_array_equal(np.concatenate(pieces), whole)
     assert cache.lengths[0] == 300
 

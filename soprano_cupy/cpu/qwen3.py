@@ -55,9 +55,7 @@ class CpuLanguageModel(LanguageModelRunner):
         self._cover_positions(capacity)
         return CpuCache(self._model, slots, capacity)
 
-    def extend(
-        self, cache: KVCache, ids: np.ndarray, cu_seqlens: np.ndarray, *, last_only: bool = False
-    ) -> np.ndarray:
+    def extend(self, cache: KVCache, ids: np.ndarray, cu_seqlens: np.ndarray, *, last_only: bool = False) -> np.ndarray:
         assert isinstance(cache, CpuCache)
         states: np.ndarray = self._model.extend(cache.values, ids, cu_seqlens, cache.lengths, last_only=last_only)
         return states

@@ -36,8 +36,8 @@ static void shape_tiles(unsigned activations, int height) {
 void amx_release(void) { _tile_release(); }
 
 /* Tile numbers are part of the instructions: FOR_TILE(i, action) is action(i) for a constant i. */
-#define FOR_TILE(i, action)     \
-    do {                        \
+#define FOR_TILE(i, action)      \
+    do {                         \
         if ((i) == 0) action(0); \
         if ((i) == 1) action(1); \
         if ((i) == 2) action(2); \

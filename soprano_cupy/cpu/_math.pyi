@@ -1,0 +1,3 @@
+import numpy as np
+
+def gelu(x: np.ndarray, out: np.ndarray) -> np.ndarray: ...
