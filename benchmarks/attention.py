@@ -200,7 +200,8 @@ class Torch:
                 call()
         with torch.cuda.stream(stream), foreign_stream(stream.cuda_stream):
             timing = time_eager(graph.replay, milliseconds=20.0)
-        return Timing(timing.median / len(calls), timing.p99 / len(calls), timing.repeats)
+        n = len(calls)
+        return Timing(timing.median / n, timing.p99 / n, timing.repeats, timing.best / n)
 
 
 def _as_torch(array: Any) -> Any:

@@ -25,10 +25,10 @@ def common() -> ModuleType:
 
 
 def test_medians_and_percentiles(common: ModuleType) -> None:
-    assert common.timing([3.0, 1.0, 2.0]) == common.Timing(2.0, 3.0, 3)
-    assert common.timing([4.0, 1.0, 2.0, 3.0]) == common.Timing(2.5, 4.0, 4)
-    assert common.timing([float(n) for n in range(1, 201)]) == common.Timing(100.5, 198.0, 200)
-    assert common.timing([5.0]) == common.Timing(5.0, 5.0, 1)
+    assert common.timing([3.0, 1.0, 2.0]) == common.Timing(2.0, 3.0, 3, 1.0)
+    assert common.timing([4.0, 1.0, 2.0, 3.0]) == common.Timing(2.5, 4.0, 4, 1.0)
+    assert common.timing([float(n) for n in range(1, 201)]) == common.Timing(100.5, 198.0, 200, 1.0)
+    assert common.timing([5.0]) == common.Timing(5.0, 5.0, 1, 5.0)
 
 
 def test_timing_on_the_host(common: ModuleType) -> None:
