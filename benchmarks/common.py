@@ -152,7 +152,7 @@ def foreign_stream(pointer: int) -> Any:
 
 
 def gpu_limits() -> dict[str, float]:
-    """What this GPU reaches at best: a large copy (bytes read and written), a large bfloat16 product of random numbers."""
+    """What this GPU reaches at best: a large copy (bytes read and written), a bfloat16 product of random numbers."""
     limits = {"copy_tb_s": _copy_tb_s(), "matmul_tflop_s": _matmul_tflop_s()}
     free_memory()
     return limits
