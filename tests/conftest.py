@@ -17,6 +17,14 @@ def shared_dir() -> Path:
     return folder
 
 
+def pytest_configure() -> None:
+    """Under compute-sanitizer (`make sanitize-gpu`) every array is an allocation of its own, whose bounds it knows."""
+    if os.environ.get("SOPRANO_SANITIZE"):
+        import cupy
+
+        cupy.cuda.set_allocator(None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `gpu` skip with the reason where no GPU can be used."""
     from soprano_cupy.device import cuda_problem
