@@ -17,5 +17,7 @@ void *map_memory(size_t bytes, int huge) {
 }
 
 void unmap_memory(void *memory, size_t bytes) {
-    if (memory) munmap(memory, mapped_bytes(bytes));
+    if (!memory) return;
+    ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
+    munmap(memory, mapped_bytes(bytes));
 }

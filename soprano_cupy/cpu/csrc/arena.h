@@ -5,6 +5,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* Under AddressSanitizer, a forbidden gap follows every piece. */
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#define ARENA_GAP 64
+#else
+#define ARENA_GAP 0
+#define ASAN_POISON_MEMORY_REGION(start, bytes) ((void)(start), (void)(bytes))
+#define ASAN_UNPOISON_MEMORY_REGION(start, bytes) ((void)(start), (void)(bytes))
+#endif
+
 /* Zeroed address space; a page takes memory when it is first written. NULL when there is none.
  * `huge`: in pages of 2 MB where the system allows, for what is read from end to end. */
 void *map_memory(size_t bytes, int huge);
@@ -19,7 +29,9 @@ typedef struct Arena {
 
 static inline void *arena_take(Arena *arena, size_t bytes) {
     void *piece = arena->memory ? arena->memory + arena->used : NULL;
-    arena->used += (bytes + 63) & ~(size_t)63;
+    size_t taken = ((bytes + 63) & ~(size_t)63) + ARENA_GAP;
+    if (piece) ASAN_POISON_MEMORY_REGION((uint8_t *)piece + bytes, taken - bytes);
+    arena->used += taken;
     return piece;
 }
 

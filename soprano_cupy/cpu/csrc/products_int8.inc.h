@@ -19,6 +19,19 @@ INLINE vi v_madd16(vi a, vi b) {
 #endif
 }
 
+/* a * b + c, rounded once wherever there is an instruction for it. */
+INLINE vf v_multiply_add(vf a, vf b, vf c) {
+#if defined(__AVX512F__) && VEC_FLOATS == 16
+    return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && VEC_FLOATS == 8
+    return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
 #if VEC_FLOATS == 16
 #define INT8_ROWS 4
 #define INT8_PANELS 4
@@ -57,7 +70,7 @@ INLINE void int8_block(const int rows, const int panels, const uint8_t *tile, in
             float *target = out + r * BLOCK + v * VEC_FLOATS;
             vf value = __builtin_convertvector(sums[r][v] - offsets[r * offset_stride], vf);
             vf scale = v_scales(tile, panel + v / PANEL_VECTORS, v % PANEL_VECTORS);
-            v_store(target, v_load(target) + value * scale);
+            v_store(target, v_multiply_add(value, scale, v_load(target)));
         }
     }
 }
@@ -137,19 +150,19 @@ static float row_inverse(float magnitude) { return magnitude > 1e-30f ? INT15_LI
 /* 64 values, zero-padded, as whole numbers X of 15 bits; returns 128 times their sum. */
 INLINE int32_t round_group(const float *row, int count, float inverse, int32_t whole[INT8_GROUP]) {
     float values[INT8_GROUP] = {0};
-    vi total = v_set_int(0);
+    vu total = (vu)v_set_int(0);
     memcpy(values, row, (count < INT8_GROUP ? count : INT8_GROUP) * sizeof *row);
     for (int i = 0; i < INT8_GROUP; i += VEC_FLOATS) {
         vf scaled = v_load(values + i) * inverse;
         ROUNDED(scaled);
         vi x = __builtin_convertvector(v_round(scaled), vi);
         memcpy(whole + i, &x, sizeof x);
-        total += x;
+        total += (vu)x;
     }
-    int32_t lanes[VEC_FLOATS], sum = 0;
+    uint32_t lanes[VEC_FLOATS], sum = 0; /* may wrap around for a row of NaN, which its scale makes NaN again */
     memcpy(lanes, &total, sizeof lanes);
     for (int lane = 0; lane < VEC_FLOATS; lane++) sum += lanes[lane];
-    return 128 * sum;
+    return (int32_t)(128 * sum);
 }
 
 /* Row r of an operand as words, inputs 0 2 1 3 of every four: even and odd bytes are multiplied apart. */
