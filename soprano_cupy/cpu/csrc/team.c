@@ -51,14 +51,16 @@ static void change(_Atomic uint32_t *word, _Atomic int *sleepers) {
 }
 
 void team_barrier(Team *team) {
+    /* Once it has arrived, a member must not look at the team again: the last one may begin the next job at once. */
+    int threads = team->threads;
     uint32_t epoch = atomic_load_explicit(&team->epoch, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) + 1 < team->threads) {
+    if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) + 1 < threads) {
         await_change(&team->epoch, epoch, BARRIER_SPINS, &team->epoch_sleepers);
         return;
     }
     atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
     atomic_store_explicit(&team->next_unit, 0, memory_order_relaxed);
-    if (team->threads > 1) change(&team->epoch, &team->epoch_sleepers);
+    if (threads > 1) change(&team->epoch, &team->epoch_sleepers);
 }
 
 static void *work(void *member) {
