@@ -1,6 +1,6 @@
 """Attention on one GPU: ours, matmul-softmax in CuPy, and torch's SDPA where torch is installed, in one run.
 
-    python benchmarks/attention.py [--quick] [--only prefill,decode,memory,first_use] [--out FILE] [--plot FILE.png]
+    python benchmarks/attention.py [--quick] [--only prefill,decode,memory,language_model,first_use] [--out FILE] [--plot FILE.png]
 
 Every result is checked against float64 before it is timed. Times are GPU microseconds of one call inside a replayed
 CUDA graph, calls rotating through enough inputs that a cache of keys comes from memory; matmul-softmax, which
@@ -8,7 +8,8 @@ cuBLAS in CuPy cannot capture, is launched from Python, and so is ours in the `p
 those of Soprano-1.1-80M: 4 query heads, 1 key-value head, head_dim 128, bfloat16, causal.
 
 Rows: prefill/* and decode/* are what `attention` runs; prefill_mma/*, prefill_hopper/* single kernels;
-prefill_standard/* matmul-softmax; memory/* lengths at which that cannot run; first_use/* seconds from nothing to
+prefill_standard/* matmul-softmax; memory/* long sequences; lm_prefill/* and lm_step/* the 80M language model in array
+code with flash attention, and its peer with matmul-softmax, launched from Python; first_use/* seconds from nothing to
 checked kernels. limit is the time that this GPU's matrix products or memory alone would take.
 """
 
@@ -43,6 +44,7 @@ from benchmarks.common import (
     time_graph,
     write_results,
 )
+from benchmarks.language_model import LanguageModels
 from soprano_cupy.attention import flash, select_attention, standard_attention
 from soprano_cupy.attention.arguments import check
 from soprano_cupy.attention.dispatch import best_attention
@@ -52,6 +54,7 @@ from soprano_cupy.errors import SopranoError
 HEADS, KV_HEADS, HEAD_DIM = 4, 1, 128
 ELEMENT_BYTES = 2
 L2_BYTES = 128 << 20  # inputs of one rotation: more than any GPU's L2 cache
+PARTS = ("prefill", "decode", "memory", "language_model", "first_use")
 MAX_ERROR_RATIO, MEAN_ERROR_RATIO = 2.0, 1.5  # against matmul-softmax in the same precision
 
 PREFILL = [(1, 1 << n) for n in range(4, 15)] + [
@@ -69,6 +72,8 @@ MEMORY = [1024, 4096, 16384, 65536, 131072]
 QUICK_PREFILL = [(1, 64), (1, 1024), (1, 4096), (1, 16384), (8, 1024)]
 QUICK_DECODE = [(1, 512), (8, 256), (64, 512), (512, 512), (1024, 512)]
 QUICK_MEMORY = [131072]
+LANGUAGE_MODEL = [("prefill", 64), ("prefill", 256), ("prefill", 1024), ("step", 256), ("step", 1023)]
+QUICK_LANGUAGE_MODEL = [("prefill", 256), ("step", 256)]
 
 
 @dataclass(frozen=True)
@@ -231,6 +236,7 @@ class Benchmark:
         self.checker = Checker()
         self.torch = Torch()
         self.facts = device_facts(0)
+        self.models: LanguageModels | None = None
 
     def prefill(self, batch: int, tokens: int) -> None:
         inputs = Inputs.random(batch, tokens, tokens, most_sets=16)
@@ -291,6 +297,16 @@ class Benchmark:
                     raise SystemExit(f"first_use/{name} failed: {done.stderr.strip().splitlines()[-1:]}")
                 self.rows.append(Row(f"first_use/{name}", float(done.stdout), "s", 1))
                 sys.stdout.write(f"first_use/{name:24} {float(done.stdout):10.3f} s\n")
+
+    def language_model(self, kind: str, tokens: int) -> None:
+        """The whole model's prefill of a prompt, or its step behind a context."""
+        if self.models is None:
+            self.models = LanguageModels()
+        calls = self.models.prefill(tokens) if kind == "prefill" else self.models.step(tokens)
+        self.checker.passed += 1
+        times = {mode: time_eager(call, milliseconds=400.0) for mode, call in calls.items()}
+        case = f"lm_prefill/S{tokens}/bf16" if kind == "prefill" else f"lm_step/B1/ctx{tokens}"
+        self._add(case, times["flash"], None, {"standard": times["standard"].median}, None)
 
     def _peers(self, inputs: Inputs, checked: Any, *, causal: bool) -> dict[str, float]:
         timings = {name: self.torch.time(name, inputs, causal=causal, checked=checked) for name in self.torch.backends}
@@ -366,7 +382,7 @@ def _tokens(row: Row) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few cases, under a minute")
-    parser.add_argument("--only", default="prefill,decode,memory,first_use", help="parts to run, separated by commas")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, separated by commas")
     parser.add_argument("--out", type=Path, help="result file; benchmarks/results/<gpu>-attention.json by default")
     parser.add_argument("--plot", type=Path, help="also draw time and memory against length to this file")
     options = parser.parse_args()
@@ -382,6 +398,7 @@ def main() -> None:
         "prefill": (benchmark.prefill, QUICK_PREFILL if options.quick else PREFILL),
         "decode": (benchmark.decode, QUICK_DECODE if options.quick else DECODE),
         "memory": (benchmark.memory, QUICK_MEMORY if options.quick else MEMORY),
+        "language_model": (benchmark.language_model, QUICK_LANGUAGE_MODEL if options.quick else LANGUAGE_MODEL),
         "first_use": (benchmark.first_use, [()]),
     }
     for part in options.only.split(","):
