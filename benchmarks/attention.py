@@ -1,6 +1,6 @@
 """Attention on one GPU: ours, matmul-softmax in CuPy, and torch's SDPA where torch is installed, in one run.
 
-    python benchmarks/attention.py [--quick] [--only prefill,decode,memory,language_model,first_use] [--out FILE] [--plot FILE.png]
+    python benchmarks/attention.py [--quick] [--only PART,...] [--out FILE] [--plot FILE.png]
 
 Every result is checked against float64 before it is timed. Times are GPU microseconds of one call inside a replayed
 CUDA graph, calls rotating through enough inputs that a cache of keys comes from memory; matmul-softmax, which

@@ -40,7 +40,9 @@ class LanguageModels:
         flash, standard = (call().astype(np.float64) for call in (calls["flash"], calls["standard"]))
         distance = float(((flash - standard) ** 2).sum() ** 0.5 / (standard**2).sum() ** 0.5)
         if not distance < MAX_DISTANCE:
-            raise SystemExit(f"language model: WRONG RESULT, nothing is written: flash and standard are {distance} apart")
+            raise SystemExit(
+                f"language model: WRONG RESULT, nothing is written: flash and standard differ by {distance:.3g}"
+            )
         return calls
 
 
