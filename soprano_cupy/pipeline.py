@@ -73,9 +73,10 @@ class SopranoTTS:
         logger.info("model %s: %s", self.model.name, self.model.reason)
         folder = self.model.folder
         self._tokenizer = Tokenizer.load(folder)
-        language_model = Qwen3.load(folder, self.device, settings.dtype(dtype), settings.attention(attention))
+        kept_in = settings.dtype(dtype)
+        language_model = Qwen3.load(folder, self.device, kept_in, settings.attention(attention))
         self._tokenizer.check(language_model.config.vocab_size)
-        decoder = VocosDecoder.load(folder, self.device)
+        decoder = VocosDecoder.load(folder, self.device, kept_in)
         if decoder.config.input_size != language_model.config.hidden_size:
             raise CheckpointError(
                 f"{folder}: the decoder reads states of {decoder.config.input_size} values and the language model "

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .attention import select_attention
 from .checkpoint import open_language_model
 from .config import ModelConfig
 from .device import resolve_device, to_host
@@ -17,10 +15,7 @@ from .errors import ParameterError
 from .generation import Generation, Request, generate
 from .runner import Array, LanguageModelRunner
 from .sampling import SamplingParams
-
-logger = logging.getLogger(__name__)
-
-DTYPES = ("auto", "float64", "float32", "bfloat16", "float16", "int8")
+from .select import select_language_model
 
 
 class Qwen3:
@@ -44,7 +39,7 @@ class Qwen3:
         config = ModelConfig.from_folder(folder)
         where, _ = resolve_device(device)
         with open_language_model(folder) as file:
-            return cls(_make_runner(file, config, where, dtype, attention))
+            return cls(select_language_model(file, config, where, dtype, attention))
 
     def forward(self, ids: Any) -> tuple[Array, Array]:
         """Hidden states and logits of every position.
@@ -102,38 +97,3 @@ class Qwen3:
                 f"ids has {ids.shape[-1]} tokens; this model reads at most {self.config.max_positions}: split the text"
             )
         return ids.astype(np.int32)
-
-
-def _make_runner(file: Any, config: ModelConfig, device: str, dtype: str, attention: str) -> LanguageModelRunner:
-    from .portable.qwen3 import PortableLanguageModel
-
-    chosen, reason = choose_dtype(device, dtype)
-    choice = select_attention(
-        attention,
-        device=device,
-        dtype=chosen,
-        head_dim=config.head_dim,
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-    )
-    logger.info(
-        "language model on %s in %s (%s); attention %s (%s)", device, chosen, reason, choice.name, choice.reason
-    )
-    return PortableLanguageModel(file, config, device, chosen, choice, f"{reason}; attention: {choice.reason}")
-
-
-def choose_dtype(device: str, dtype: str) -> tuple[str, str]:
-    """What weights are kept in on a device, and why; `ParameterError` for a dtype it cannot run."""
-    if dtype not in DTYPES:
-        raise ParameterError(f"dtype = {dtype!r} is not known; use one of {', '.join(DTYPES)}")
-    if device == "cpu":
-        if dtype in ("float64", "float32"):
-            return dtype, "array code on the CPU"
-        if dtype == "auto":
-            return "float32", "array code on the CPU"
-        raise ParameterError(f"dtype = {dtype!r} is not available on the CPU; use float32")
-    if dtype == "int8":
-        raise ParameterError("dtype = 'int8' is not available on a GPU; use bfloat16, float16 or float32")
-    if dtype != "auto":
-        return dtype, "array code on the GPU"
-    return "bfloat16", "array code on the GPU"

@@ -9,6 +9,7 @@ from .checkpoint import decoder_config, open_decoder
 from .device import array_module, resolve_device
 from .errors import ParameterError
 from .runner import DecoderRunner, DecoderStream
+from .select import select_decoder
 
 
 class VocosDecoder:
@@ -22,17 +23,13 @@ class VocosDecoder:
     def load(cls, folder: str | Path, device: str = "cpu", dtype: str = "float32") -> VocosDecoder:
         """Read `decoder.safetensors`, or else `decoder.pth`, of a checkpoint folder.
 
-        device: auto, cpu, cuda or cuda:N. dtype: float32, or float64 as a reference. Raises `CheckpointError`,
-        `DeviceError` or `ParameterError`.
+        device: auto, cpu, cuda or cuda:N. dtype: what weights are kept in: float32, bfloat16 or int8 on the CPU,
+        where the arithmetic around them is float32; float32 on a GPU; float64 as a reference. Raises
+        `CheckpointError`, `DeviceError` or `ParameterError`.
         """
-        from .portable.vocos import PortableDecoder
-
         where, _ = resolve_device(device)
-        chosen = "float32" if dtype == "auto" else dtype
-        if chosen not in ("float32", "float64"):
-            raise ParameterError(f"dtype = {dtype!r} is not available for the decoder; use float32")
         with open_decoder(folder) as file:
-            return cls(PortableDecoder(file, decoder_config(file), where, chosen, "array code"))
+            return cls(select_decoder(file, decoder_config(file), where, dtype))
 
     def __call__(self, states: Any) -> Any:
         """Samples in about -1 to 1 for the hidden states of whole utterances.

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 from numerics import relative_error
+from runners import FLOAT32, FLOAT64, load_language_model
 
 from soprano_cupy import DeviceError, ParameterError, Qwen3
 from soprano_cupy.device import to_host
 from soprano_cupy.testing import make_checkpoint
-
-CPU_AND_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +24,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def oracle(folder: Path) -> Qwen3:
-    return Qwen3.load(folder, dtype="float64")
+    return load_language_model(folder, "portable", "float64")
 
 
 def random_ids(model: Qwen3, *shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(4, model.config.vocab_size, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize("device", CPU_AND_GPU)
+@pytest.mark.parametrize("device", FLOAT32)
 @pytest.mark.parametrize("length", [1, 2, 17, 130])
 def test_float32_against_float64(folder: Path, oracle: Qwen3, device: str, length: int) -> None:
     ids = random_ids(oracle, 2, length)
     expected_states, expected_logits = oracle.forward(ids)
-    states, logits = Qwen3.load(folder, device).forward(ids)
+    states, logits = load_language_model(folder, device).forward(ids)
     assert states.shape == (2, length, oracle.config.hidden_size)
     assert logits.shape == (2, length, oracle.config.vocab_size)
     assert states.dtype == logits.dtype == np.float32
@@ -102,9 +101,9 @@ def plain_forward(folder: Path, ids: np.ndarray, dtype: str) -> tuple[np.ndarray
     return states, cut(states @ w.get("lm_head.weight", w["model.embed_tokens.weight"]).T)
 
 
-@pytest.mark.parametrize("device", CPU_AND_GPU)
+@pytest.mark.parametrize("device", FLOAT64)
 def test_extending_piece_by_piece_equals_one_pass(folder: Path, oracle: Qwen3, device: str) -> None:
-    runner = Qwen3.load(folder, device, "float64").runner
+    runner = load_language_model(folder, device, "float64").runner
     ids = random_ids(oracle, 40)
     cache = runner.new_cache(1, 40)
     pieces = [ids[:13], ids[13:14], ids[14:20], ids[20:]]
@@ -112,9 +111,9 @@ def test_extending_piece_by_piece_equals_one_pass(folder: Path, oracle: Qwen3, d
     np.testing.assert_allclose(np.concatenate(states), oracle.forward(ids)[0], atol=1e-10)
 
 
-@pytest.mark.parametrize("device", CPU_AND_GPU)
+@pytest.mark.parametrize("device", FLOAT64)
 def test_ragged_neighbours_change_nothing(folder: Path, oracle: Qwen3, device: str) -> None:
-    runner = Qwen3.load(folder, device, "float64").runner
+    runner = load_language_model(folder, device, "float64").runner
     lengths = [5, 1, 33, 2]
     rows = [random_ids(oracle, n, seed=n) for n in lengths]
     cache = runner.new_cache(6, 64)

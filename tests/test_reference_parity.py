@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numerics import relative_error, round_to_bfloat16, snr_db
+from runners import FLOAT32, FLOAT64, load_decoder, load_language_model
 
-from soprano_cupy import Qwen3, VocosDecoder
+from soprano_cupy import Qwen3
 from soprano_cupy.config import ModelConfig
 from soprano_cupy.device import to_host
 from soprano_cupy.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ class Golden:
 
     def language_model(self, device: str, dtype: str) -> Qwen3:
         if (device, dtype) not in self._models:
-            self._models[device, dtype] = Qwen3.load(self.folder, device, dtype)
+            self._models[device, dtype] = load_language_model(self.folder, device, dtype)
         return self._models[device, dtype]
 
 
@@ -52,12 +53,9 @@ def golden(request: pytest.FixtureRequest, shared_dir: Path) -> Iterator[Golden]
 def test_distance_that_rounded_frequencies_explain(shared_dir: Path, name: str) -> None:
     """5.18e-4 for mqa, 6.20e-4 for gqa, as transformers 5.23 has it; other files would need other tests."""
     golden = Golden(shared_dir / name)
-    states, _ = golden.language_model("cpu", "float64").forward(golden.expected["ids0"])
+    states, _ = golden.language_model("portable", "float64").forward(golden.expected["ids0"])
     distance = relative_error(states, golden.expected["hidden0"])
     assert distance == pytest.approx({"golden/mqa": 5.184e-4, "golden/gqa": 6.196e-4}[name], rel=1e-3)
-
-
-CPU_AND_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def test_tokenizer_gives_the_expected_ids(golden: Golden) -> None:
@@ -66,17 +64,24 @@ def test_tokenizer_gives_the_expected_ids(golden: Golden) -> None:
         np.testing.assert_array_equal(tokenizer.encode(prompt), golden.expected[f"ids{i}"])
 
 
-@pytest.mark.parametrize("device", CPU_AND_GPU)
-@pytest.mark.parametrize(("dtype", "allowed"), [("float32", 1e-4), ("float64", 1e-5)])
-def test_states_and_logits(golden: Golden, device: str, dtype: str, allowed: float) -> None:
-    model = golden.language_model(device, dtype)
+@pytest.mark.parametrize("device", FLOAT32)
+def test_float32_states_and_logits(golden: Golden, device: str) -> None:
+    compare_forward(golden, golden.language_model(device, "float32"), 1e-4)
+
+
+@pytest.mark.parametrize("device", FLOAT64)
+def test_float64_states_and_logits(golden: Golden, device: str) -> None:
+    compare_forward(golden, golden.language_model(device, "float64"), 1e-5)
+
+
+def compare_forward(golden: Golden, model: Qwen3, allowed: float) -> None:
     for i in range(len(golden.prompts)):
         states, logits = map(to_host, model.forward(golden.expected[f"ids{i}"]))
         assert relative_error(states, golden.expected[f"hidden{i}"]) <= allowed
         assert relative_error(logits[-1], golden.expected[f"logits{i}"]) <= allowed
 
 
-@pytest.mark.parametrize("device", CPU_AND_GPU)
+@pytest.mark.parametrize("device", FLOAT32)
 def test_greedy_tokens_and_their_states(golden: Golden, device: str) -> None:
     model = golden.language_model(device, "float32")
     for i in range(len(golden.prompts)):
@@ -87,7 +92,7 @@ def test_greedy_tokens_and_their_states(golden: Golden, device: str) -> None:
         assert relative_error(to_host(out.states), states) <= 1e-4
 
 
-@pytest.mark.parametrize("device", CPU_AND_GPU)
+@pytest.mark.parametrize("device", FLOAT32)
 def test_ragged_batch_gives_the_tokens_of_each_alone(golden: Golden, device: str) -> None:
     model = golden.language_model(device, "float32")
     count = len(golden.prompts)
@@ -98,10 +103,19 @@ def test_ragged_batch_gives_the_tokens_of_each_alone(golden: Golden, device: str
         assert relative_error(to_host(out.states), golden.expected[f"states{i}"]) <= 1e-4
 
 
-@pytest.mark.parametrize("device", CPU_AND_GPU)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("portable", "float32"), ("portable", "float64")])
 def test_audio_of_the_reference_states(golden: Golden, device: str, dtype: str) -> None:
-    decoder = VocosDecoder.load(golden.folder, device, dtype)
+    compare_audio(golden, device, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_audio_of_the_reference_states_on_a_gpu(golden: Golden, dtype: str) -> None:
+    compare_audio(golden, "cuda", dtype)
+
+
+def compare_audio(golden: Golden, device: str, dtype: str) -> None:
+    decoder = load_decoder(golden.folder, device, dtype)
     for i in range(len(golden.prompts)):
         audio = to_host(decoder(golden.expected[f"states{i}"]))
         assert audio.shape == golden.expected[f"audio{i}"].shape
@@ -111,10 +125,10 @@ def test_audio_of_the_reference_states(golden: Golden, device: str, dtype: str) 
         assert snr_db(audio, golden.expected["dec_out"]) >= 90
 
 
-@pytest.mark.parametrize("device", CPU_AND_GPU)
+@pytest.mark.parametrize("device", FLOAT32)
 def test_audio_from_ids(golden: Golden, device: str) -> None:
     model = golden.language_model(device, "float32")
-    decoder = VocosDecoder.load(golden.folder, device)
+    decoder = load_decoder(golden.folder, device)
     for i in range(len(golden.prompts)):
         out = model.generate(golden.expected[f"ids{i}"], max_new_tokens=len(golden.expected[f"greedy{i}"]))
         assert snr_db(to_host(decoder(out.states)), golden.expected[f"audio{i}"]) >= 90

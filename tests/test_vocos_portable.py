@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runners import FLOAT64, load_decoder
 
-from soprano_cupy import CheckpointError, ParameterError, VocosDecoder
+from soprano_cupy import CheckpointError, ParameterError
 from soprano_cupy.checkpoint import open_decoder
 from soprano_cupy.device import array_module, to_host
 from soprano_cupy.portable.istft import InverseSTFT, OverlapAdd, hann
 from soprano_cupy.portable.vocos import stored_window
 from soprano_cupy.testing import make_checkpoint
-
-CPU_AND_GPU = ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def transform_by_definition(spectrum: np.ndarray, window: np.ndarray, hop: int) 
     return total[middle] / weight[middle]
 
 
-@pytest.mark.parametrize("device", CPU_AND_GPU)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("frames", "pieces"), [(1, [1]), (2, [1, 1]), (9, [9]), (9, [1, 3, 0, 5]), (9, [1] * 9)])
 def test_inverse_transform(device: str, frames: int, pieces: list[int]) -> None:
     rng = np.random.default_rng(0)
@@ -54,11 +53,11 @@ def test_inverse_transform(device: str, frames: int, pieces: list[int]) -> None:
     np.testing.assert_allclose(audio, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("device", CPU_AND_GPU)
+@pytest.mark.parametrize("device", FLOAT64)
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8, 40])
 @pytest.mark.parametrize("tokens", [2, 3, 6, 23])
 def test_streamed_audio_equals_whole(folder: Path, device: str, chunk: int, tokens: int) -> None:
-    decoder = VocosDecoder.load(folder, device)
+    decoder = load_decoder(folder, device)
     states = np.random.default_rng(1).normal(size=(tokens, decoder.config.input_size)).astype(np.float32)
     whole = to_host(decoder(states))
     stream = decoder.stream()
@@ -70,7 +69,7 @@ def test_streamed_audio_equals_whole(folder: Path, device: str, chunk: int, toke
 
 
 def test_long_utterances_go_through_in_pieces(folder: Path) -> None:
-    decoder = VocosDecoder.load(folder, dtype="float64")
+    decoder = load_decoder(folder, "portable", "float64")
     states = np.random.default_rng(2).normal(size=(300, decoder.config.input_size))
     whole = decoder(states)
     stream = decoder.stream()
@@ -78,7 +77,7 @@ def test_long_utterances_go_through_in_pieces(folder: Path) -> None:
 
 
 def test_batch_equals_each_alone(folder: Path) -> None:
-    decoder = VocosDecoder.load(folder)
+    decoder = load_decoder(folder, "portable")
     states = np.random.default_rng(3).normal(size=(3, 7, decoder.config.input_size)).astype(np.float32)
     together = decoder(states)
     for row, audio in zip(states, together, strict=True):
@@ -86,13 +85,13 @@ def test_batch_equals_each_alone(folder: Path) -> None:
 
 
 def test_a_stream_of_nothing_ends_in_nothing(folder: Path) -> None:
-    stream = VocosDecoder.load(folder).stream()
+    stream = load_decoder(folder, "portable").stream()
     assert stream.push(np.empty((0, 1), np.float32)).size == 0
     assert stream.finish().size == 0
 
 
 def test_one_state_makes_no_sound(folder: Path) -> None:
-    decoder = VocosDecoder.load(folder)
+    decoder = load_decoder(folder, "portable")
     stream = decoder.stream()
     stream.push(np.ones((1, decoder.config.input_size), np.float32))
     assert stream.finish().size == 0
@@ -100,13 +99,13 @@ def test_one_state_makes_no_sound(folder: Path) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 5), (5,), (2, 3, 4, 5), (1, 1, 5), (0, 5)])
 def test_wrong_shapes_are_refused(folder: Path, shape: tuple[int, ...]) -> None:
-    decoder = VocosDecoder.load(folder)
+    decoder = load_decoder(folder, "portable")
     with pytest.raises(ParameterError, match=r"states of shape"):
         decoder(np.zeros(shape, np.float32))
 
 
 def test_integer_states_are_refused(folder: Path) -> None:
-    decoder = VocosDecoder.load(folder)
+    decoder = load_decoder(folder, "portable")
     with pytest.raises(ParameterError, match="int64"):
         decoder(np.zeros((3, decoder.config.input_size), np.int64))
 
@@ -126,6 +125,6 @@ def test_a_window_that_is_none_is_refused(folder: Path) -> None:
 
 
 def test_every_tensor_is_used(folder: Path) -> None:
-    VocosDecoder.load(folder)
+    load_decoder(folder, "portable")
     with open_decoder(folder) as file, pytest.raises(CheckpointError, match="does not have"):
         file.finish()
