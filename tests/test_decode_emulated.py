@@ -333,7 +333,14 @@ def test_calls_that_are_not_served(change: dict[str, Any]) -> None:
         ({"seqlen_k": 64}, 8, 1),
         ({"seqlen_k": 192}, 8, 1),
         ({"seqlen_k": 193}, 8, 4),
-        ({"batch": 64}, 8, 5),
+        ({"batch": 16}, 8, 16),  # 256 splits: one for each block
+        ({"batch": 17}, 8, 8),  # 272: two
+        ({"batch": 64}, 8, 8),
+        ({"batch": 64, "seqlen_k": 512}, 8, 4),
+        ({"batch": 64, "seqlen_k": 256}, 8, 4),
+        ({"batch": 96}, 8, 6),  # at most three, so that no blocks queue
+        ({"batch": 128}, 8, 4),
+        ({"batch": 164}, 8, 4),  # at most five, which comes to four
         ({"batch": 165}, 8, 1),
         ({"batch": 512}, 8, 1),
         ({"seqlen_q": 4}, 16, 16),
@@ -350,6 +357,24 @@ def test_tiles_and_splits(change: dict[str, Any], rows_of_a_block: int, splits: 
     assert dict(plan.defines)["TILE_ROWS"] == rows_of_a_block
     assert plan.splits == splits
     assert (plan.workspace_bytes > 0) == (splits > 1)
+
+
+def test_how_many_blocks_share_a_sequence() -> None:
+    """One split each up to two blocks a multiprocessor; then two, or as many as four blocks a multiprocessor take."""
+    for multiprocessors, keys in itertools.product((16, 40, 132), (1, 192, 193, 512, 1000, 2049, 16_384, 70_000)):
+        splits = decode.most_splits(keys, 64)
+        for slots in range(1, 300):
+            shares = decode.select_splits(slots, keys, 64, multiprocessors)
+            if splits <= 3 or slots >= 1.25 * multiprocessors:
+                assert shares == 1
+            elif slots * splits <= 2 * multiprocessors:
+                assert shares == splits
+            else:
+                most = -(-splits // shares)
+                assert most >= 2
+                assert (shares - 1) * most < splits, "fewer blocks would do"
+                assert slots * shares < 4 * multiprocessors + slots
+                assert most == 2 or slots * -(-splits // (most - 1)) > 4 * multiprocessors, "more blocks would fit"
 
 
 def test_split_rule() -> None:

@@ -27,11 +27,25 @@ ARRIVAL_BYTES = 16_384  # a counter for each (sequence, KV head, row group) at t
 MAX_SLOTS = ARRIVAL_BYTES // 4
 WARP_TILE_BYTES = 4096  # of K, and of V, that a warp has in flight or in use
 
+# How many blocks of threads share a sequence, by what 64 sequences took on an H200 (132 multiprocessors), with 4 query
+# heads on 1 KV head, head_dim 128 and bfloat16, in microseconds:
+#
+#     keys   splits   1 block a sequence   2       3       4       5       6       8
+#     256    4        7.09                 7.43    7.99    7.17
+#     512    8        11.44                10.62   10.16   9.64    9.96    10.5    9.89
+#     1,024  16       19.88                17.92   16.89   16.10   15.67   16.04   14.95
+#
+# So a sequence is divided evenly: 3 blocks for 4 splits take longer than 2, which have as much to do one after the
+# other and less to merge. Up to two blocks a multiprocessor, one split for each block is the best way to divide (and
+# for fewer sequences the best altogether). Beyond, two are: the keys of the second arrive while the first is computed.
+# A multiprocessor holds four blocks at once; more would queue.
+#
 # A lone block of threads receives 32 KB of keys and values in about 0.9 microseconds (the memory's latency and its own
 # arithmetic): 36 GB/s, where a multiprocessor's part of an H200's 4.1 TB/s is 31 GB/s. So from somewhat more than one
-# block a multiprocessor on, dividing the sequences gains nothing; below, two for each keep the memory busy.
+# sequence a multiprocessor on, dividing them gains nothing.
 ENOUGH_BLOCKS = 1.25  # for each multiprocessor
-BLOCKS_WHEN_DIVIDED = 2
+BLOCKS_OF_ONE_SPLIT = 2
+MOST_BLOCKS = 4
 FEW_SPLITS = 3  # are not worth dividing; as in kernels/decode_state.cuh
 
 
@@ -133,7 +147,10 @@ def select_splits(slots: int, seqlen_k: int, block_keys: int, multiprocessors: i
     splits = most_splits(seqlen_k, block_keys)
     if slots >= ENOUGH_BLOCKS * multiprocessors or slots > MAX_SLOTS or splits <= FEW_SPLITS:
         return 1
-    return min(splits, -(-BLOCKS_WHEN_DIVIDED * multiprocessors // slots))
+    if slots * splits <= BLOCKS_OF_ONE_SPLIT * multiprocessors:
+        return splits
+    splits_of_a_block = max(2, -(-slots * splits // (MOST_BLOCKS * multiprocessors)))
+    return -(-splits // splits_of_a_block)
 
 
 def split_keys(keys: int, block_keys: int) -> int:
