@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,10 @@ def test_the_bundled_voice_is_whole():
 
 
 def test_the_bundled_voice_is_the_reference_voice(shared_dir):
+    """File by file; only the length of sentence that the card advises stands in the configuration besides."""
     for path in BUNDLED_FOLDER.iterdir():
-        if path.name != "README.md":
-            assert path.read_bytes() == (shared_dir / "voice" / path.name).read_bytes()
+        reference = shared_dir / "voice" / path.name
+        if path.name == "generation_config.json":
+            assert json.loads(path.read_text()) == json.loads(reference.read_text()) | {"max_text_length": 180}
+        elif path.name != "README.md":
+            assert path.read_bytes() == reference.read_bytes()
