@@ -65,7 +65,7 @@ CANDIDATES = {
 
 def candidates(head_dim: int, capability: tuple[int, int]) -> list[Any]:
     """The table's tiles and the candidates that fit this GPU, each shape once."""
-    tables = (prefill.WIDE, prefill.MEDIUM, prefill.NARROW)
+    tables = (prefill.WIDE, prefill.BALANCED, prefill.MEDIUM, prefill.NARROW)
     every = [t for table in tables for t in table[head_dim]] + CANDIDATES[head_dim]
     shapes = {label(t): t for t in reversed(every) if t.fits(capability, head_dim)}
     return list(reversed(shapes.values()))

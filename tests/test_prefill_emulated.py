@@ -162,7 +162,7 @@ def plan_of(tile: prefill.Tile, head_dim: int, group: int, causal: bool, dtype: 
 
 TILES = [
     (head_dim, tile)
-    for table in (prefill.WIDE, prefill.MEDIUM, prefill.NARROW)
+    for table in (prefill.WIDE, prefill.BALANCED, prefill.MEDIUM, prefill.NARROW)
     for head_dim, tiles in table.items()
     for tile in tiles
 ]
