@@ -14,15 +14,16 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard soprano_cupy/cpu/build.py sopra
 	soprano_cupy/cpu/csrc/*.[ch])
 C_SOURCES = $(shell find kernels soprano_cupy/cpu/csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.[ch]' \
 	-o -name '*.[ch]pp')
-BENCHMARKS = $(wildcard benchmarks/attention.py benchmarks/runtime.py benchmarks/vocos.py)
+BENCHMARKS = benchmarks/parity.py benchmarks/attention.py
 
-.PHONY: help speak test lint format test-gpu bench-gpu wheel clean
+.PHONY: help speak test lint format test-gpu sanitize-gpu bench-gpu wheel clean
 
 help:
 	@echo 'make speak TEXT="..."   speak with the bundled voice into speech.wav'
 	@echo 'make test               run every test that needs no GPU (ARGS="-k name" picks some)'
 	@echo 'make lint               ruff, mypy and clang-format; make format applies what they can'
 	@echo 'make test-gpu           run the tests that need a GPU (CUDA=12 for an older driver)'
+	@echo 'make sanitize-gpu       run the kernels under compute-sanitizer'
 	@echo 'make bench-gpu          measure on a GPU into benchmarks/results/'
 	@echo 'make wheel              build dist/*.tar.gz and dist/*.whl'
 	@echo 'make clean              remove everything that was built'
@@ -48,6 +49,14 @@ format: $(VENV)/lint
 
 test-gpu: $(VENV)/gpu
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# one small call of every kernel and form, with each array an allocation of its own
+SANITIZED = test_ragged_batches or test_slices_of_a_real_cache or test_decode_lengths and (65 or 511) and (1- or 15) \
+	or test_lengths_on_and_off_the_tiles and (63 or 129 or 40) or test_types_and_heads and float32 and 64
+
+sanitize-gpu: $(VENV)/gpu
+	@set -e; for tool in memcheck racecheck initcheck; do SOPRANO_SANITIZE=1 compute-sanitizer --tool $$tool \
+		--error-exitcode 1 $(BIN)/python -m pytest -q -m gpu tests/test_attention_gpu.py -k "$(SANITIZED)"; done
 
 bench-gpu: $(VENV)/gpu
 	@set -e; for program in $(BENCHMARKS); do $(BIN)/python $$program; done

@@ -96,6 +96,21 @@ def test_tiles_shrink_until_the_gpu_is_occupied() -> None:
 
 
 @pytest.mark.parametrize(
+    ("sizes", "warps"),
+    [
+        (Sizes(4096), 2),  # 256 blocks of 64 rows and many keys: two warps share the keys of a row
+        (Sizes(8192), 1),  # 512 blocks: two a multiprocessor instead
+        (Sizes(64, batch=64), 1),  # 256 blocks again, with no keys to share
+        (Sizes(256, batch=8), 1),
+    ],
+)
+def test_keys_are_shared_where_there_is_a_block_for_each_multiprocessor(sizes: Sizes, warps: int) -> None:
+    found = plan(sizes, multiprocessors=132)
+    assert rows_of(found) == 64
+    assert dict(found.defines)["WARPS_N"] == warps
+
+
+@pytest.mark.parametrize(
     ("sizes", "rows", "grid"),
     [
         (Sizes(1), 16, (1, 1, 1)),
