@@ -11,6 +11,7 @@ Rows: parity/<place>/<dtype>/<what>; place is cpu (the compiled engine), portabl
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,17 +20,17 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from numerics import relative_error, round_to_bfloat16, snr_db
 from runners import load_decoder, load_language_model
 
-from benchmarks.common import RESULTS, Row, machine_facts, write_results
+from benchmarks.common import REPOSITORY, RESULTS, Row, machine_facts, write_results
 from soprano_cupy.config import ModelConfig
 from soprano_cupy.device import cuda_problem, to_host
 
+SHARED = Path(os.environ.get("SOPRANO_SHARED", REPOSITORY.parent / "shared"))
 CHECKPOINTS = ("golden/mqa", "golden/gqa", "voice")
 ROUNDED = CHECKPOINTS[:2]  # expected values with rotary frequencies in bfloat16: see tests/test_reference_parity.py
 LIMITS = {"float32": 1e-4, "float64": 1e-5}
@@ -86,7 +87,7 @@ def _row(place: str, dtype: str, what: str, value: float, unit: str, limit: floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder of the reference data")
+    parser.add_argument("--shared", type=Path, default=SHARED, help="folder of the reference data")
     parser.add_argument("--out", type=Path, help="result file; benchmarks/results/<machine>-parity.json by default")
     options = parser.parse_args()
     gpu = cuda_problem() is None
