@@ -75,25 +75,36 @@ DEVICE long long row_offset(const AttentionParams& params, int first_query, int 
     return start + token * token_stride + (static_cast<long long>(blockIdx.y) * GROUP + head) * head_stride;
 }
 
-// Query rows first_row and on into shared memory; rows that do not exist become zeros.
-DEVICE void load_queries(const AttentionParams& params, const Sequence& sequence, int first_row,
-                         unsigned queries_smem) {
-    constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK, CHUNKS = TILE_ROWS * ROW_CHUNKS;
+// This thread's part of the query rows first_row and on, on their way from memory to shared memory; rows that do not
+// exist are zeros.
+struct Queries {
+    static constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK, CHUNKS = TILE_ROWS * ROW_CHUNKS;
+    static constexpr int HELD = (CHUNKS + THREADS - 1) / THREADS;
+
+    uint4 held[HELD];
+
+    DEVICE Queries(const AttentionParams& params, const Sequence& sequence, int first_row) {
 #pragma unroll
-    for (int first = 0; first < CHUNKS; first += THREADS) {
-        const int i = first + threadIdx.x;
-        if (CHUNKS % THREADS != 0 && i >= CHUNKS) break;
-        const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
-        const int token = (first_row + row) / GROUP, head = (first_row + row) % GROUP;
-        uint4 value = make_uint4(0u, 0u, 0u, 0u);
-        if (token < sequence.queries) {
+        for (int n = 0; n < HELD; ++n) {
+            const int i = n * THREADS + threadIdx.x, chunk = i % ROW_CHUNKS;
+            const int token = (first_row + i / ROW_CHUNKS) / GROUP, head = (first_row + i / ROW_CHUNKS) % GROUP;
+            held[n] = make_uint4(0u, 0u, 0u, 0u);
+            if (i >= CHUNKS || token >= sequence.queries) continue;
             const long long offset = row_offset(params, sequence.first_query, token, head, params.q_batch_stride,
                                                 params.q_token_stride, params.q_head_stride);
-            value = load_global<uint4>(static_cast<const Element*>(params.q) + offset + chunk * CHUNK);
+            held[n] = load_global<uint4>(static_cast<const Element*>(params.q) + offset + chunk * CHUNK);
         }
-        store_query_chunk(queries_smem, row, chunk, value);
     }
-}
+    DEVICE void store(unsigned queries_smem) const {
+#pragma unroll
+        for (int n = 0; n < HELD; ++n) {
+            const int i = n * THREADS + threadIdx.x;
+            if (CHUNKS % THREADS == 0 || i < CHUNKS) {
+                store_query_chunk(queries_smem, i / ROW_CHUNKS, i % ROW_CHUNKS, held[n]);
+            }
+        }
+    }
+};
 
 // out = acc / sum of the rows that exist, and their log-sum-exp.
 DEVICE void store_rows(const AttentionParams& params, const Sequence& sequence, int first_row,
@@ -130,11 +141,12 @@ attention_decode(const __grid_constant__ AttentionParams params) {
     const Element* k = static_cast<const Element*>(params.k) + sequence.k_offset + blockIdx.y * params.k_head_stride;
     const Element* v = static_cast<const Element*>(params.v) + sequence.v_offset + blockIdx.y * params.v_head_stride;
     const int begin = share << splits.shift;
+    const Queries queries(params, sequence, first_row);  // asked for first, so that they do not come behind the keys
     load_keys(keys_smem, k, params.k_token_stride, begin * BLOCK_KEYS, sequence.keys);
     copy_async_commit();
     load_values(values_smem, v, params.v_token_stride, begin * BLOCK_KEYS, sequence.keys);
     copy_async_commit();
-    load_queries(params, sequence, first_row, smem + QUERIES_AT);
+    queries.store(smem + QUERIES_AT);
     sync_block();  // the queries are written
 
     const Visibility visibility{sequence.keys, sequence.queries, first_row};
