@@ -11,7 +11,8 @@
 // arithmetic and nothing else, so the result of a sequence has the same bits in any batch, on any slot, in any grid.
 // Where several blocks share, each leaves its splits' states in the workspace and the last to finish merges them.
 //
-// Compile-time: HEAD_DIM 32, 64 or 128; GROUP; CAUSAL; DTYPE_*; TILE_ROWS (8, 16 or 32 on tensor cores, else 4 or 8).
+// Compile-time: HEAD_DIM 32, 64 or 128; GROUP; CAUSAL; DTYPE_*; TILE_ROWS (8, 16 or 32 on tensor cores, else 4 or 8);
+// STAGES, 1 or 2: the blocks of keys and values in shared memory. Neither of these two changes a bit of the result.
 // Launch (soprano_cupy/attention/decode.py): grid (row groups x params.splits, num_kv_heads, batch), HEAD_DIM threads.
 // q, k, v and out are aligned to 16 bytes, and so are their strides.
 #include "attention_params.cuh"
@@ -28,7 +29,8 @@
 // Shared memory, in bytes; soprano_cupy/attention/decode.py counts the same.
 constexpr int SCORE_BYTES = MATRIX_ROWS * SCORE_STRIDE * 4;
 constexpr int VALUES_AT = WARPS * WARP_TILE_BYTES;               // behind the keys
-constexpr int SCORES_AT = VALUES_AT + WARPS * WARP_TILE_BYTES;   // two buffers
+constexpr int STAGE_BYTES = VALUES_AT + WARPS * WARP_TILE_BYTES;
+constexpr int SCORES_AT = STAGES * STAGE_BYTES;                  // two buffers
 constexpr int STATES_AT = SCORES_AT + 2 * SCORE_BYTES;
 constexpr int ARRIVAL_AT = STATES_AT + ROW_STATE_BYTES;          // a word
 constexpr int QUERIES_AT = ARRIVAL_AT + 16;
@@ -136,16 +138,24 @@ attention_decode(const __grid_constant__ AttentionParams params) {
     const int shares = splits.shares(params.splits);
     if (share >= shares) return;
 
-    const unsigned smem = shared_base();
-    const unsigned keys_smem = smem + warp_index() * WARP_TILE_BYTES, values_smem = keys_smem + VALUES_AT;
+    const unsigned smem = shared_base(), first_stage = smem + warp_index() * WARP_TILE_BYTES;
     const Element* k = static_cast<const Element*>(params.k) + sequence.k_offset + blockIdx.y * params.k_head_stride;
     const Element* v = static_cast<const Element*>(params.v) + sequence.v_offset + blockIdx.y * params.v_head_stride;
     const int begin = share << splits.shift;
     const Queries queries(params, sequence, first_row);  // asked for first, so that they do not come behind the keys
-    load_keys(keys_smem, k, params.k_token_stride, begin * BLOCK_KEYS, sequence.keys);
-    copy_async_commit();
-    load_values(values_smem, v, params.v_token_stride, begin * BLOCK_KEYS, sequence.keys);
-    copy_async_commit();
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+        const unsigned keys_smem = first_stage + stage * STAGE_BYTES;
+        const int block = stage == 0 ? begin : splits.after(begin, shares);  // the first exists, or reads nothing
+        if (stage == 0 || block < splits.blocks) {
+            load_keys(keys_smem, k, params.k_token_stride, block * BLOCK_KEYS, sequence.keys);
+        }
+        copy_async_commit();  // also of nothing, so that as many groups are always behind a block's
+        if (stage == 0 || block < splits.blocks) {
+            load_values(keys_smem + VALUES_AT, v, params.v_token_stride, block * BLOCK_KEYS, sequence.keys);
+        }
+        copy_async_commit();
+    }
     queries.store(smem + QUERIES_AT);
     sync_block();  // the queries are written
 
@@ -155,36 +165,39 @@ attention_decode(const __grid_constant__ AttentionParams params) {
     RowState state[HELD_ROWS];  // of the split under way
     clear(state);
 
-    unsigned scores_smem = smem + SCORES_AT;
+    unsigned keys_smem = first_stage, scores_smem = smem + SCORES_AT;
     int next;
     for (int block = begin; block < splits.blocks; block = next) {
-        const int split = block >> splits.shift;
-        const bool split_ends = (block + 1) >> splits.shift != split || block + 1 == splits.blocks;
-        next = split_ends ? (split + shares) << splits.shift : block + 1;
-        copy_async_wait<1>();  // the keys are there; the values may still be on their way
+        next = splits.after(block, shares);
+        const int ahead = STAGES == 1 ? next : splits.after(next, shares);  // the block to ask for
+        const unsigned values_smem = keys_smem + VALUES_AT;
+        copy_async_wait<2 * STAGES - 1>();  // the keys are there; the values may still be on their way
 #pragma unroll
         for (int tile = 0; tile < ROW_TILES; ++tile) {
             write_scores(tile, keys_smem, smem + QUERIES_AT, scores_smem, params.scale_log2, block * BLOCK_KEYS,
                          visibility);
             if (tile == ROW_TILES - 1) {
-                if (next < splits.blocks) {
-                    load_keys(keys_smem, k, params.k_token_stride, next * BLOCK_KEYS, sequence.keys);
+                if (ahead < splits.blocks) {
+                    load_keys(keys_smem, k, params.k_token_stride, ahead * BLOCK_KEYS, sequence.keys);
                 }
-                copy_async_commit();  // also of nothing, so that this group is always the last
+                copy_async_commit();
             }
-            if (tile == 0) copy_async_wait<ROW_TILES == 1 ? 1 : 0>();  // the values
+            if (tile == 0) copy_async_wait<2 * STAGES - (ROW_TILES == 1 ? 1 : 2)>();  // the values
             sync_block();  // scores and values are there; the other buffer's readers were done before they came here
 
             merge_values(values_smem, scores_smem, smem + STATES_AT, state + tile * TILE_HELD);
             scores_smem = scores_smem == smem + SCORES_AT ? smem + SCORES_AT + SCORE_BYTES : smem + SCORES_AT;
         }
         sync_warp();  // this warp's lanes have read the values
-        if (next < splits.blocks) {
-            load_values(values_smem, v, params.v_token_stride, next * BLOCK_KEYS, sequence.keys);
+        if (ahead < splits.blocks) {
+            load_values(values_smem, v, params.v_token_stride, ahead * BLOCK_KEYS, sequence.keys);
         }
         copy_async_commit();
+        keys_smem = STAGES == 2 && keys_smem == first_stage ? first_stage + STAGE_BYTES : first_stage;
 
-        if (!split_ends || (shares == 1 && splits.shift == 0)) continue;  // alone, blocks are splits and merged already
+        if (!splits.ends(block)) continue;
+        if (shares == 1 && splits.shift == 0) continue;  // alone, blocks are splits and merged already
+        const int split = block >> splits.shift;
         if (shares > 1) workspace.store(split, state);
         else if (split == 0) total.store(state);
         else total.merge(state);

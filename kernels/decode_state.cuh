@@ -83,6 +83,15 @@ struct Splits {
         return count < thread_blocks ? count : thread_blocks;
     }
 
+    // Whether a block is the last of its split.
+    DEVICE bool ends(int block) const { return (block + 1) >> shift != block >> shift || block + 1 == blocks; }
+
+    // What a share takes after a block of its own: the next of the split, or the first of its next split; `blocks` or
+    // more after its last.
+    DEVICE int after(int block, int shares) const {
+        return ends(block) ? ((block >> shift) + shares) << shift : block + 1;
+    }
+
     // The most that a sequence of up to `capacity` keys can have: of all of them, or just before the size doubles.
     DEVICE static int most(int capacity) {
         const Splits all(capacity);

@@ -166,6 +166,20 @@ def test_a_variant_is_compared_at_its_first_use(monkeypatch: pytest.MonkeyPatch)
         flash.run(problem, ("decode", "prefill"))
 
 
+def test_what_is_compared_is_the_variant_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of one block of keys, where the tiny case by itself would have two stages."""
+    q, k = draw(1, 2, 4, 64, dtype=ml_dtypes.bfloat16), draw(1, 9, 1, 64, dtype=ml_dtypes.bfloat16)
+    plans = []
+    real = flash.launch
+    monkeypatch.setattr(flash, "launch", lambda *arguments: plans.append(arguments[1]) or real(*arguments))
+    flash.run(check(q, k, k), ("decode",))
+    assert [dict(plan.defines)["STAGES"] for plan in plans] == [1, 1]
+    longer = draw(1, 80, 1, 64, dtype=ml_dtypes.bfloat16)
+    flash.run(check(q, longer, longer), ("decode",))
+    assert [dict(plan.defines)["STAGES"] for plan in plans[2:]] == [2, 2]
+    assert plans[2].shared_memory_bytes == plans[3].shared_memory_bytes > plans[0].shared_memory_bytes
+
+
 def test_scratch_is_kept_for_each_stream_and_grows(machine: Any) -> None:
     first = flash._workspace(0, 100)
     assert flash._workspace(0, 0) is None

@@ -8,6 +8,7 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import emulation
@@ -105,11 +106,31 @@ def plan_for(call: Call, multiprocessors: int, arch: int) -> LaunchPlan:
     return plan
 
 
+def with_stages(plan: LaunchPlan, stages: int) -> LaunchPlan:
+    """The same launch with one or two blocks of keys and values in shared memory: 256 bytes a thread for each."""
+    defines = dict(plan.defines)
+    shared_bytes = plan.shared_memory_bytes + 256 * plan.threads * (stages - defines["STAGES"])
+    return dataclasses.replace(
+        plan, defines=tuple({**defines, "STAGES": stages}.items()), shared_memory_bytes=shared_bytes
+    )
+
+
 def run(
-    call: Call, multiprocessors: int = MANY, arch: int = 800, launches: int = 1, **options: Any
+    call: Call,
+    multiprocessors: int = MANY,
+    arch: int = 800,
+    launches: int = 1,
+    stages: int | None = None,
+    source: str | Path | None = None,
+    **options: Any,
 ) -> tuple[Array, Array]:
-    """(out, lse) of the kernel; what the workspace held before its first use is NaN but for the counters."""
+    """(out, lse) of the kernel; what the workspace held before its first use is NaN but for the counters.
+
+    stages, source: other than the plan's.
+    """
     plan = plan_for(call, multiprocessors, arch)
+    if stages is not None:
+        plan = with_stages(plan, stages)
     out = emulation.poisoned(call.q.shape, call.q.dtype)
     lse = emulation.poisoned((call.q.shape[-2], math.prod(call.q.shape[:-2])), np.float32)
     workspace = emulation.poisoned((max(4, plan.workspace_bytes // 4),), np.float32)
@@ -121,7 +142,7 @@ def run(
     grid = plan.grid(
         batch=params.batch, seqlen_q=params.seqlen_q, num_heads=params.num_heads, num_kv_heads=params.num_kv_heads
     )
-    library = emulation.build(plan.source, dict(plan.defines), arch)
+    library = emulation.build(source or plan.source, dict(plan.defines), arch)
     shared_bytes = options.pop("shared_bytes", plan.shared_memory_bytes)
     for _ in range(launches):
         library.launch(
@@ -194,6 +215,31 @@ def test_splits_of_several_blocks(dtype: str, keys: int) -> None:
     check(call, out, lse)
     for multiprocessors in (NONE, 4, 9):
         assert same_bits(out, run(call, multiprocessors)[0])
+
+
+# dtype, head_dim, queries, keys of the longest sequence: every tile from Ampere on, and splits of two blocks
+TWO_STAGES = (
+    ("bfloat16", 128, 1, 270),
+    ("bfloat16", 128, 4, 270),
+    ("bfloat16", 128, 16, 270),
+    ("bfloat16", 128, 1, 2049),
+    ("float16", 64, 1, 270),
+    ("float16", 32, 3, 270),
+    ("float32", 128, 1, 270),
+    ("float32", 64, 2, 520),
+)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim", "queries", "keys"), TWO_STAGES)
+def test_two_stages_change_no_bit(dtype: str, head_dim: int, queries: int, keys: int) -> None:
+    lengths = (*LENGTHS, keys) if keys < 1000 else (keys, keys - 1)
+    call = cache_call(dtype, head_dim, 4, queries, lengths=lengths, capacity=keys + 3)
+    single = run(call, NONE, stages=1)
+    check(call, *single)
+    for multiprocessors in (NONE, 7, MANY):
+        for double in (run(call, multiprocessors, stages=2), run(call, multiprocessors, stages=2, reverse=True)):
+            assert same_bits(single[0], double[0])
+            assert same_bits(single[1], double[1])
 
 
 def test_full_attention_among_the_queries() -> None:
@@ -308,6 +354,41 @@ def test_faults_are_caught(dtype: str) -> None:
         run(call, MANY, skip_barrier={"bfloat16": 3, "float32": 4}[dtype])  # behind the counter
 
 
+@pytest.mark.parametrize(("dtype", "queries"), [("bfloat16", 1), ("bfloat16", 16), ("float32", 1)])
+def test_faults_of_two_stages_are_caught(dtype: str, queries: int) -> None:
+    """Each of the first waits, for the keys and the values of both stages."""
+    call = cache_call(dtype, 128, 4, queries, lengths=(257,))
+    for wait in range(6):
+        with pytest.raises(emulation.EmulationError, match=r"race|in flight"):
+            run(call, NONE, stages=2, skip_wait=wait)
+    shared_bytes = with_stages(plan_for(call, NONE, 800), 2).shared_memory_bytes
+    long = cache_call(dtype, 128, 4, queries, lengths=(2100,), capacity=2100)
+    with pytest.raises(emulation.EmulationError, match="outside the"):
+        run(long, NONE, stages=2, shared_bytes=shared_bytes - 16)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("queries", [1, 16])
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("copy_async_wait<2 * STAGES - 1>()", "copy_async_wait<2 * STAGES>()"),  # keys
+        ("(ROW_TILES == 1 ? 1 : 2)>()", "(ROW_TILES == 1 ? 0 : 1)>()"),  # values
+        ("first_stage + STAGE_BYTES : first_stage", "first_stage : first_stage + STAGE_BYTES"),
+    ],
+)
+def test_a_wait_too_short_or_the_wrong_stage_is_caught(
+    tmp_path: Path, stages: int, queries: int, text: str, instead: str
+) -> None:
+    source = (emulation.KERNELS / "attention_decode.cu").read_text(encoding="utf-8")
+    assert source.count(text) == 1
+    mutant = tmp_path / "mutant.cu"
+    mutant.write_text(source.replace(text, instead), encoding="utf-8")
+    call = cache_call("bfloat16", 128, 4, queries, lengths=(257,))
+    with pytest.raises(emulation.EmulationError, match=r"race|in flight|outside the"):
+        run(call, NONE, stages=stages, source=mutant)
+
+
 PLAN: dict[str, Any] = {
     "compute_capability": (9, 0), "dtype": "bfloat16", "head_dim": 128, "group": 4, "causal": True, "batch": 1,
     "seqlen_q": 1, "seqlen_k": 1024, "num_kv_heads": 1, "multiprocessors": 132,
@@ -375,6 +456,32 @@ def test_how_many_blocks_share_a_sequence() -> None:
                 assert (shares - 1) * most < splits, "fewer blocks would do"
                 assert slots * shares < 4 * multiprocessors + slots
                 assert most == 2 or slots * -(-splits // (most - 1)) > 4 * multiprocessors, "more blocks would fit"
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ({}, 1),  # one block of keys each
+        ({"seqlen_k": 64}, 1),
+        ({"seqlen_k": 65}, 2),
+        ({"seqlen_k": 4096}, 2),  # splits of two blocks
+        ({"batch": 64, "seqlen_k": 512}, 2),  # 256 blocks of threads on 132 multiprocessors
+        ({"batch": 64}, 1),  # 512
+        ({"batch": 264}, 2),
+        ({"batch": 265}, 1),
+        ({"batch": 132, "seqlen_q": 16}, 2),  # two row groups of 107 KB, of the 228
+        ({"batch": 200, "compute_capability": (8, 0)}, 2),
+        ({"batch": 132, "compute_capability": (8, 0), "seqlen_q": 16}, 1),  # of the 164, two do not fit
+        ({"batch": 132, "seqlen_k": 192, "compute_capability": (8, 9)}, 2),  # 77 KB of the 100: one fits
+        ({"batch": 133, "seqlen_k": 192, "compute_capability": (8, 9)}, 1),
+        ({"seqlen_k": 192, "compute_capability": (12, 0), "seqlen_q": 16}, 1),
+        ({"seqlen_k": 192, "compute_capability": (7, 5), "dtype": "float16"}, 1),  # no asynchronous copies
+    ],
+)
+def test_stages(change: dict[str, Any], stages: int) -> None:
+    plan = decode.plan(**{**PLAN, **change})
+    assert plan is not None
+    assert dict(plan.defines)["STAGES"] == stages
 
 
 def test_split_rule() -> None:

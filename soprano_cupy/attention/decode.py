@@ -11,10 +11,11 @@ does not change a bit of the result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from .launch import LaunchPlan
+from .prefill import RESERVED_SHARED_BYTES, SHARED_BYTES_PER_SM, UNKNOWN_SHARED_BYTES
 
 MAX_QUERIES = 16
 HEAD_DIMS = (32, 64, 128)
@@ -45,7 +46,13 @@ WARP_TILE_BYTES = 4096  # of K, and of V, that a warp has in flight or in use
 # sequence a multiprocessor on, dividing them gains nothing.
 ENOUGH_BLOCKS = 1.25  # for each multiprocessor
 BLOCKS_OF_ONE_SPLIT = 2
+SPLITS_OF_A_BLOCK = 2  # at least, beyond
 MOST_BLOCKS = 4
+
+# With few blocks of threads a multiprocessor, memory's latency rules and not its throughput: then each has two blocks
+# of keys and values in shared memory, the second on its way from the start. Two such ask for as much as four others.
+BLOCKS_OF_TWO_STAGES = 2  # for each multiprocessor, at most
+ASYNCHRONOUS_COPIES_FROM = (8, 0)
 FEW_SPLITS = 3  # are not worth dividing; as in kernels/decode_state.cuh
 
 
@@ -57,6 +64,7 @@ class Tile:
     tensor_cores: bool
     head_dim: int
     item_bytes: int
+    stages: int = 1
 
     @property
     def block_keys(self) -> int:
@@ -71,13 +79,13 @@ class Tile:
 
     @property
     def shared_bytes(self) -> int:
-        """As `attention_decode.cu` lays it out: keys, values, two buffers of scores, states, a word, queries, total."""
+        """As `attention_decode.cu` lays it out: keys and values, two of scores, states, a word, queries, total."""
         score_bytes = min(self.rows, 16) * (self.block_keys + 8) * 4
         if self.tensor_cores:
             row_states, query_row = 0, self.head_dim * 2 + (0 if self.head_dim == 32 else 64)
         else:
             row_states, query_row = self.rows * 8, self.head_dim * 4
-        tiles = 2 * (self.head_dim // 32) * WARP_TILE_BYTES
+        tiles = self.stages * 2 * (self.head_dim // 32) * WARP_TILE_BYTES
         return tiles + 2 * score_bytes + row_states + 16 + self.rows * query_row + self.state_bytes
 
 
@@ -112,6 +120,8 @@ def plan(
     row_groups = -(-seqlen_q * group // tile.rows)
     slots = batch * num_kv_heads * row_groups
     splits = select_splits(slots, seqlen_k, tile.block_keys, multiprocessors)
+    if -(-seqlen_k // tile.block_keys) > splits:  # a block of threads has more than one of keys
+        tile = replace(tile, stages=select_stages(tile, slots * splits, compute_capability, multiprocessors))
     states = slots * most_splits(seqlen_k, tile.block_keys)
     return LaunchPlan(
         source="attention_decode.cu",
@@ -122,6 +132,7 @@ def plan(
             ("CAUSAL", int(causal and seqlen_q > 1)),  # one query sees every key
             (DTYPE_DEFINES[dtype], 1),
             ("TILE_ROWS", tile.rows),
+            ("STAGES", tile.stages),
         ),
         threads=head_dim,  # a warp for every 32 dimensions
         shared_memory_bytes=tile.shared_bytes,
@@ -149,8 +160,17 @@ def select_splits(slots: int, seqlen_k: int, block_keys: int, multiprocessors: i
         return 1
     if slots * splits <= BLOCKS_OF_ONE_SPLIT * multiprocessors:
         return splits
-    splits_of_a_block = max(2, -(-slots * splits // (MOST_BLOCKS * multiprocessors)))
+    splits_of_a_block = max(SPLITS_OF_A_BLOCK, -(-slots * splits // (MOST_BLOCKS * multiprocessors)))
     return -(-splits // splits_of_a_block)
+
+
+def select_stages(tile: Tile, blocks: int, compute_capability: tuple[int, int], multiprocessors: int) -> int:
+    """Blocks of keys in the shared memory of each of `blocks` blocks of threads: two where those run all at once."""
+    if compute_capability < ASYNCHRONOUS_COPIES_FROM:
+        return 1
+    shared_bytes = SHARED_BYTES_PER_SM.get(compute_capability, UNKNOWN_SHARED_BYTES)
+    fitting = shared_bytes // (replace(tile, stages=2).shared_bytes + RESERVED_SHARED_BYTES)
+    return 2 if blocks <= min(fitting, BLOCKS_OF_TWO_STAGES) * multiprocessors else 1
 
 
 def split_keys(keys: int, block_keys: int) -> int:

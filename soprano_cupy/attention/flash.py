@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -169,8 +170,7 @@ def _verify(path: str, plan: LaunchPlan, problem: Problem, facts: DeviceFacts) -
     shape = ShapeClass.of(problem)
     with _lock:
         case = tiny_case(path, shape, problem.seqlen_q)
-        # decode's tiles follow from the number of queries, its scratch from the sizes: it has a plan of its own
-        result = attend(path, shape, case, None if path == "decode" else plan)
+        result = attend(path, shape, case, plan)
         reason = compare(path, shape, case, result)
         if reason is not None:
             raise PathError(path, reason)
@@ -178,14 +178,18 @@ def _verify(path: str, plan: LaunchPlan, problem: Problem, facts: DeviceFacts) -
 
 
 def attend(path: str, shape: ShapeClass, case: Case, plan: LaunchPlan | None = None) -> np.ndarray:
-    """A case by one path, or one plan of it, from host arrays to a host array."""
+    """A case by one path, or one compiled variant of it, from host arrays to a host array."""
     import cupy
 
     facts = device_facts(cuda_index(shape.device))
     with cupy.cuda.Device(facts.index):
         arrays = [cupy.asarray(array) for array in (case.q, case.k, case.v)]
         problem = check(*arrays, causal=shape.causal, kv_lengths=case.kv_lengths, cu_seqlens=case.cu_seqlens)
-        plan = plan or plan_for(path, problem, facts)
+        own = plan_for(path, problem, facts)
+        if plan is None:
+            plan = own
+        elif path == "decode" and own is not None:  # its grid and scratch follow the sizes
+            plan = replace(own, defines=plan.defines, shared_memory_bytes=plan.shared_memory_bytes)
         assert plan is not None
         return to_host(launch(path, plan, problem, facts))
 
