@@ -8,14 +8,13 @@
 #include "team.h"
 
 Matrix matrix_shape(int dtype, int outputs, int inputs) {
-    int scale_bytes = dtype == INT8 ? BLOCK * 2 : 0;
     return (Matrix){
         .dtype = dtype,
         .outputs = outputs,
         .inputs = inputs,
         .blocks = ceil_div(outputs, BLOCK),
         .tiles = ceil_div(inputs, tile_depth(dtype)),
-        .tile_bytes = PANELS * PANEL_BYTES + scale_bytes,
+        .tile_bytes = dtype == INT8 ? INT8_TILE_BYTES : PANELS * PANEL_BYTES,
     };
 }
 

@@ -23,7 +23,9 @@ enum { FLOAT32, BFLOAT16, INT8, DTYPES };
 #define BLOCK (PANEL * PANELS)
 #define PANEL_BYTES 1024
 #define WORDS 16      /* 32-bit words of inputs in a tile */
-#define INT8_GROUP 64 /* inputs that share a scale: one tile */
+#define TILES_AHEAD 2 /* weights are asked for so many tiles before their use: one core alone hides no memory latency */
+#define INT8_TILE_BYTES (PANELS * PANEL_BYTES + BLOCK * 2) /* of a block's four panels with their scales */
+#define INT8_GROUP 64                                      /* inputs that share a scale: one tile */
 
 typedef struct Matrix {
     int dtype;

@@ -54,6 +54,7 @@ INLINE void product_block(const int rows, const int panels, const int pairs, con
             UNROLL for (int v = 0; v < panels * PANEL_VECTORS; v++) {
                 const uint32_t *from = word + v / PANEL_VECTORS * w->panel_stride + v % PANEL_VECTORS * VEC_FLOATS;
                 memcpy(&bits[v], from, sizeof bits[v]);
+                if (v * VEC_FLOATS % PANEL == 0) __builtin_prefetch(from + TILES_AHEAD * w->tile_stride);
                 weights[v] = pairs ? v_low_half(bits[v]) : (vf)bits[v];
             }
             multiply_add(rows, panels, weights, x, x_stride, sums);

@@ -13,7 +13,6 @@
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-int8,amx-bf16")
 
 #define HEIGHT 16 /* rows of a full tile */
-#define AHEAD 2   /* tiles from the one in use to the one asked for */
 #define UNROLL _Pragma("GCC unroll 4")
 
 /* The layout that LDTILECFG reads. */
@@ -61,7 +60,7 @@ static inline __attribute__((always_inline)) void bfloat16_block(const int row_t
 #define CLEAR(sums) _tile_zero(sums)
     UNROLL for (int i = 0; i < row_tiles * panels; i++) FOR_TILE(i, CLEAR);
     for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, bits += 2 * WORDS) {
-        prefetch_weights(weights + AHEAD * m->tile_bytes, panels * PANEL_BYTES);
+        prefetch_weights(weights + TILES_AHEAD * m->tile_bytes, panels * PANEL_BYTES);
         UNROLL for (int p = 0; p < panels; p++) {
             _tile_loadd(7, weights + p * PANEL_BYTES, 64);
             UNROLL for (int r = 0; r < row_tiles; r++) {
@@ -159,7 +158,7 @@ static inline __attribute__((always_inline)) void int8_block(const int panels, c
     Pending pending = {.rows = 0};
     for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, scales += m->tile_bytes / 2) {
 #define LOAD(p, words) _tile_loadd(words, weights + p * PANEL_BYTES, 64)
-        prefetch_weights(weights + AHEAD * m->tile_bytes, panels * PANEL_BYTES);
+        prefetch_weights(weights + TILES_AHEAD * m->tile_bytes, panels * PANEL_BYTES);
         LOAD(0, 4);
         if (panels == PANELS) {
             LOAD(1, 5);

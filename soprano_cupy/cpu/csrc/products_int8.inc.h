@@ -55,6 +55,10 @@ INLINE void int8_block(const int rows, const int panels, const uint8_t *tile, in
     for (int k = 0; k < WORDS; k++) {
         UNROLL for (int v = 0; v < panels * PANEL_VECTORS; v++) {
             vi bytes;
+            if (v * VEC_FLOATS % PANEL == 0) {
+                __builtin_prefetch(weights + v / PANEL_VECTORS * PANEL_BYTES + k * PANEL * 4 +
+                                   TILES_AHEAD * INT8_TILE_BYTES);
+            }
             memcpy(&bytes, weights + v / PANEL_VECTORS * PANEL_BYTES + k * PANEL * 4 + v % PANEL_VECTORS * sizeof bytes,
                    sizeof bytes);
             vi even = bytes & 0x00ff00ff, odd = (vi)((vu)bytes >> 8) & 0x00ff00ff;

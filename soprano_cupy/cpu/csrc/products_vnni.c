@@ -29,7 +29,9 @@ static inline __attribute__((always_inline)) void vnni_block(const int rows, con
     }
     for (int k = 0; k < WORDS; k++) {
         UNROLL for (int p = 0; p < panels; p++) {
-            __m512i w = _mm512_load_si512(weights + p * PANEL_BYTES + k * 64);
+            const uint8_t *word = weights + p * PANEL_BYTES + k * 64;
+            __m512i w = _mm512_load_si512(word);
+            __builtin_prefetch(word + TILES_AHEAD * INT8_TILE_BYTES);
             UNROLL for (int r = 0; r < rows; r++) {
                 high_sums[r][p] = _mm512_dpbusd_epi32(high_sums[r][p], w, broadcast_word(high[r] + 4 * k));
                 low_sums[r][p] = _mm512_dpbusd_epi32(low_sums[r][p], w, broadcast_word(low[r] + 4 * k));
