@@ -137,7 +137,7 @@ _workspaces: dict[tuple[int, int, bool], list[Array]] = {}
 
 
 def _workspace(device: int, size_bytes: int) -> Array | None:
-    """Scratch for the current stream, zeroed once; the kernels leave it fit for the next launch on the stream.
+    """Scratch for the current stream, its counters zeroed once; the kernels leave it fit for the stream's next launch.
 
     Graphs have scratch apart from direct launches, which may overlap with a replay. It is never freed, since a graph
     may be replayed at any time; two graphs captured on one stream must not be replayed at the same time.
@@ -151,7 +151,9 @@ def _workspace(device: int, size_bytes: int) -> Array | None:
     if not kept or kept[-1].nbytes < size_bytes:
         if not key[-1]:
             kept.clear()
-        kept.append(cupy.zeros(size_bytes, np.uint8))
+        scratch = cupy.empty(size_bytes, np.uint8)
+        scratch.data.memset_async(0, min(size_bytes, decode.ARRIVAL_BYTES))  # a graph repeats this at every replay
+        kept.append(scratch)
     return kept[-1]
 
 
