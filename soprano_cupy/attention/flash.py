@@ -151,8 +151,8 @@ def _workspace(device: int, size_bytes: int) -> Array | None:
     if not kept or kept[-1].nbytes < size_bytes:
         if not key[-1]:
             kept.clear()
-        scratch = cupy.empty(size_bytes, np.uint8)
-        scratch.data.memset_async(0, min(size_bytes, decode.ARRIVAL_BYTES))  # a graph repeats this at every replay
+        scratch = cupy.empty((size_bytes,), np.uint8)
+        scratch[: decode.ARRIVAL_BYTES].fill(0)  # a memset, which a graph repeats at every replay
         kept.append(scratch)
     return kept[-1]
 
