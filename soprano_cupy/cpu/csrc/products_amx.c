@@ -45,11 +45,6 @@ void amx_release(void) { _tile_release(); }
         if ((i) == 5) action(5); \
     } while (0)
 
-/* Ask for a tile's weights early: tile loads take whatever their 16 lines' latency is. */
-static inline __attribute__((always_inline)) void prefetch_weights(const uint8_t *weights, int bytes) {
-    for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)weights + i, _MM_HINT_T0);
-}
-
 /* ---- bfloat16: sums in tiles 0 to 5, activations in 6, weights in 7 ---- */
 
 /* out = `row_tiles` x 16 rows of bfloat16 times panels; the last row tile may be lower, as the tiles are shaped. */
@@ -60,8 +55,9 @@ static inline __attribute__((always_inline)) void bfloat16_block(const int row_t
 #define CLEAR(sums) _tile_zero(sums)
     UNROLL for (int i = 0; i < row_tiles * panels; i++) FOR_TILE(i, CLEAR);
     for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, bits += 2 * WORDS) {
-        prefetch_weights(weights + TILES_AHEAD * m->tile_bytes, panels * PANEL_BYTES);
         UNROLL for (int p = 0; p < panels; p++) {
+            const uint8_t *ahead = weights + TILES_AHEAD * m->tile_bytes + p * PANEL_BYTES;
+            for (int i = 0; i < PANEL_BYTES; i += 64) _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
             _tile_loadd(7, weights + p * PANEL_BYTES, 64);
             UNROLL for (int r = 0; r < row_tiles; r++) {
                 if (row_tiles > 1 || p == 0)
@@ -116,6 +112,8 @@ void multiply_bfloat16_amx(const Matrix *m, int block, int panel, int panels, co
 
 /* ---- int8: sums in tiles 0 and 1, activations in 2, the weights of four panels in 4 to 7 ---- */
 
+#define INT8_TILES_AHEAD 8 /* into the second-level cache, which holds more than the first has room for */
+
 /* Sums of one group of rows and one tile of inputs, on their way from tiles to float32. */
 typedef struct Pending {
     const int32_t *sums; /* (2 rows, 64): `rows` rows of high sums, then of low sums */
@@ -125,9 +123,11 @@ typedef struct Pending {
     int rows;
 } Pending;
 
-/* out += scale * (128 * high + low - offset). */
+/* out += scale * (128 * high + low - offset). `ahead`: weights to ask for meanwhile, a share with every row, as a
+ * burst of requests would hold up the loads behind it. */
 static inline __attribute__((always_inline)) void add_scaled(const int panels, const Pending *pending,
-                                                             ptrdiff_t offset_stride) {
+                                                             ptrdiff_t offset_stride, const uint8_t *ahead) {
+    int share = ahead ? panels * PANEL_BYTES / pending->rows : 0;
     __m512 scale[PANELS];
     UNROLL for (int p = 0; p < panels; p++) {
         __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(pending->scales + p * PANEL)));
@@ -137,6 +137,7 @@ static inline __attribute__((always_inline)) void add_scaled(const int panels, c
         const int32_t *high = pending->sums + r * BLOCK, *low = high + pending->rows * BLOCK;
         __m512i offset = _mm512_set1_epi32(pending->offsets[r * offset_stride]);
         float *out = pending->out + r * BLOCK;
+        for (int i = 0; i < share; i += 64) _mm_prefetch((const char *)ahead + r * share + i, _MM_HINT_T1);
         UNROLL for (int p = 0; p < panels; p++) {
             __m512i sum = _mm512_slli_epi32(_mm512_load_si512(high + p * PANEL), 7);
             sum = _mm512_sub_epi32(_mm512_add_epi32(sum, _mm512_load_si512(low + p * PANEL)), offset);
@@ -158,7 +159,6 @@ static inline __attribute__((always_inline)) void int8_block(const int panels, c
     Pending pending = {.rows = 0};
     for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, scales += m->tile_bytes / 2) {
 #define LOAD(p, words) _tile_loadd(words, weights + p * PANEL_BYTES, 64)
-        prefetch_weights(weights + TILES_AHEAD * m->tile_bytes, panels * PANEL_BYTES);
         LOAD(0, 4);
         if (panels == PANELS) {
             LOAD(1, 5);
@@ -178,12 +178,13 @@ static inline __attribute__((always_inline)) void int8_block(const int panels, c
                 MULTIPLY_STORE(2, 6, 0);
                 MULTIPLY_STORE(3, 7, 1);
             }
-            if (pending.rows) add_scaled(panels, &pending, x->tiles);
+            const uint8_t *ahead = r == 0 ? weights + INT8_TILES_AHEAD * m->tile_bytes : NULL;
+            if (pending.rows) add_scaled(panels, &pending, x->tiles, ahead);
             const int32_t *offsets = x->sums + (size_t)(first + r) * x->tiles + t;
             pending = (Pending){sums, scales, offsets, out + r * BLOCK, group_rows};
         }
     }
-    add_scaled(panels, &pending, x->tiles);
+    add_scaled(panels, &pending, x->tiles, NULL);
 }
 
 static void int8_rows(const Matrix *m, int block, int panel, int panels, const Operand *x, int first, int rows,
