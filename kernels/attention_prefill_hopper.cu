@@ -17,7 +17,6 @@
 
 constexpr int S_REGISTERS = BLOCK_N / 2;   // float32 scores of a thread: 64 rows * BLOCK_N / 128 threads
 constexpr int O_REGISTERS = HEAD_DIM / 2;  // float32 outputs of a thread
-constexpr int PRODUCER_BARRIER = 1 + CONSUMERS;  // named barriers: 0 is the block's, then one for each consumer's turn
 #define NEGATIVE_INFINITY __int_as_float(0xff800000)
 
 // ---- producer: one warp keeps Q and the rings of K and V filled ----
@@ -92,8 +91,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Shared s
                 landing_parity ^= 1;
                 clear_rows(v_tile, rows);
                 fence_async_proxy();
-                // All lanes' zeros are written before the leader says so. Like __syncwarp, but racecheck follows it.
-                named_barrier_sync(PRODUCER_BARRIER, 32);
+                __syncwarp();
                 if (leader) mbarrier_arrive(full);
             }
             v_slot.advance();
@@ -421,6 +419,11 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
     if (warpgroup == 0) {
         registers_release<PRODUCER_REGISTERS>();
         if (threadIdx.x < 32) produce(params, smem, &q_map, &k_map, &v_map);
+        if (SPLITS > 1) {  // the two barriers of `merge`: its slots lie where the producer wrote
+            __syncwarp();
+            cluster_sync();
+            cluster_sync();
+        }
     } else {
         registers_claim<CONSUMER_REGISTERS>();
         consume(params, smem, warpgroup - 1);

@@ -28,23 +28,26 @@ ARRIVAL_BYTES = 16_384  # a counter for each (sequence, KV head, row group) at t
 MAX_SLOTS = ARRIVAL_BYTES // 4
 WARP_TILE_BYTES = 4096  # of K, and of V, that a warp has in flight or in use
 
-# How many blocks of threads share a sequence, by what 64 sequences took on an H200 (132 multiprocessors), with 4 query
-# heads on 1 KV head, head_dim 128 and bfloat16, in microseconds:
+# How many blocks of threads share a sequence, by what an H200 (132 multiprocessors) took, with 4 query heads on 1 KV
+# head, head_dim 128 and bfloat16, in microseconds; one block has two stages, several have one:
 #
-#     keys   splits   1 block a sequence   2       3       4       5       6       8
-#     256    4        7.09                 7.43    7.99    7.17
-#     512    8        11.44                10.62   10.16   9.64    9.96    10.5    9.89
-#     1,024  16       19.88                17.92   16.89   16.10   15.67   16.04   14.95
+#     sequences   keys    1 block a sequence   2       4       8       16
+#     16          256     5.05                 5.85    4.90
+#     16          1,024   13.46                12.66   9.04    7.59    7.64
+#     32          256     5.26                 6.04    5.36
+#     32          512     8.09                 8.37    6.88    6.90
+#     64          256     5.76                 6.84    6.58
+#     64          512     8.64                 9.86    8.93    9.49
+#     64          1,024   14.62                16.53   14.59   14.78   16.39
+#     128         512     11.18                13.82   13.95   15.50
+#     128         1,024   19.57                24.27   24.42   25.82   27.06
 #
-# So a sequence is divided evenly: 3 blocks for 4 splits take longer than 2, which have as much to do one after the
-# other and less to merge. Up to two blocks a multiprocessor, one split for each block is the best way to divide (and
-# for fewer sequences the best altogether). Beyond, two are: the keys of the second arrive while the first is computed.
-# A multiprocessor holds four blocks at once; more would queue.
-#
-# A lone block of threads receives 32 KB of keys and values in about 0.9 microseconds (the memory's latency and its own
-# arithmetic): 36 GB/s, where a multiprocessor's part of an H200's 4.1 TB/s is 31 GB/s. So from somewhat more than one
-# sequence a multiprocessor on, dividing them gains nothing.
-ENOUGH_BLOCKS = 1.25  # for each multiprocessor
+# So from about half a sequence a multiprocessor on, dividing them gains nothing: a block that asks for its next keys
+# before it has computed the present ones hides most of the memory's latency by itself, and has nothing to merge.
+# Fewer sequences are divided evenly. Up to two blocks a multiprocessor, one split for each block is the best way.
+# Beyond, two are: the keys of the second arrive while the first is computed. A multiprocessor holds four blocks at
+# once; more would queue.
+ENOUGH_BLOCKS = 0.45  # for each multiprocessor
 BLOCKS_OF_ONE_SPLIT = 2
 SPLITS_OF_A_BLOCK = 2  # at least, beyond
 MOST_BLOCKS = 4
