@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-Array = Any  # np.ndarray or cupy.ndarray
+from . import fused
 
-GELU_CUDA = "y = x * T(0.5) * (T(1) + erf(x * T(0.70710678118654752440)))"
+Array = Any  # np.ndarray or cupy.ndarray
 
 
 def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
@@ -26,12 +24,16 @@ def linear(x: Array, weight: Array, bias: Array | None = None) -> Array:
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Root-mean-square norm over the last axis (Zhang and Sennrich, 2019)."""
+    if not isinstance(x, np.ndarray):
+        return fused.rms_norm(x, weight, eps)
     mean_square = (x * x).mean(axis=-1, keepdims=True)
     return x / (mean_square + x.dtype.type(eps)) ** 0.5 * weight
 
 
 def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-6) -> Array:
     """Layer norm over the last axis (Ba, Kiros and Hinton, 2016)."""
+    if not isinstance(x, np.ndarray):
+        return fused.layer_norm(x, weight, bias, eps)
     centred = x - x.mean(axis=-1, keepdims=True)
     variance = (centred * centred).mean(axis=-1, keepdims=True)
     centred /= (variance + x.dtype.type(eps)) ** 0.5
@@ -40,26 +42,22 @@ def layer_norm(x: Array, weight: Array, bias: Array, eps: float = 1e-6) -> Array
     return centred
 
 
-def silu(x: Array, xp: ModuleType) -> Array:
-    """x times its logistic sigmoid, written so that no exponential overflows."""
-    return x * 0.5 * (1 + xp.tanh(x * 0.5))
+def silu_gate(gate: Array, up: Array) -> Array:
+    """gate times its logistic sigmoid, times up (Shazeer, 2020), written so that no exponential overflows."""
+    if not isinstance(gate, np.ndarray):
+        return fused.silu_gate(gate, up)
+    half = gate.dtype.type(0.5)
+    return gate * half * (1 + np.tanh(gate * half)) * up
 
 
 def gelu(x: Array) -> Array:
     """Exact Gaussian error linear unit, x/2 (1 + erf(x / sqrt 2)) (Hendrycks and Gimpel, 2016); in place."""
-    if isinstance(x, np.ndarray):
-        from ..cpu._math import gelu as gelu_in_place
+    if not isinstance(x, np.ndarray):
+        return fused.gelu(x)
+    from ..cpu._math import gelu as gelu_in_place
 
-        gelu_in_place(x, x)
-        return x
-    return _gelu_kernel()(x, x)
-
-
-@lru_cache(maxsize=1)
-def _gelu_kernel() -> Any:
-    import cupy
-
-    return cupy.ElementwiseKernel("T x", "T y", GELU_CUDA, "soprano_gelu")
+    gelu_in_place(x, x)
+    return x
 
 
 def rope_tables(positions: np.ndarray, frequencies: np.ndarray, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -71,8 +69,10 @@ def rope_tables(positions: np.ndarray, frequencies: np.ndarray, dtype: Any) -> t
     return np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
 
 
-def rope(x: Array, cos: Array, sin: Array, xp: ModuleType) -> Array:
+def rope(x: Array, cos: Array, sin: Array) -> Array:
     """Rotate the pairs (i, i + D/2) of x (N, heads, D) by each row's angles."""
+    if not isinstance(x, np.ndarray):
+        return fused.rope(x, cos, sin)
     half = x.shape[-1] // 2
     low, high = x[..., :half], x[..., half:]
-    return xp.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)
+    return np.concatenate((low * cos - high * sin, high * cos + low * sin), axis=-1)

@@ -12,7 +12,7 @@ from ..checkpoint import TensorFile
 from ..config import ModelConfig
 from ..device import array_module
 from ..runner import KVCache, LanguageModelRunner
-from .ops import linear, rms_norm, rope, rope_tables, silu
+from .ops import linear, rms_norm, rope, rope_tables, silu_gate
 
 Array = Any
 
@@ -157,8 +157,8 @@ class PortableLanguageModel(LanguageModelRunner):
         c = self.config
         qkv = linear(rms_norm(x, layer.input_norm, c.rms_norm_eps), layer.qkv)
         q, k, v = (part.reshape(len(x), -1, c.head_dim) for part in self._split(qkv))
-        q = rope(rms_norm(q, layer.q_norm, c.rms_norm_eps), cos, sin, self._xp)
-        k = rope(rms_norm(k, layer.k_norm, c.rms_norm_eps), cos, sin, self._xp)
+        q = rope(rms_norm(q, layer.q_norm, c.rms_norm_eps), cos, sin)
+        k = rope(rms_norm(k, layer.k_norm, c.rms_norm_eps), cos, sin)
         return q.astype(storage_dtype(self.dtype), copy=False), k, v
 
     def _split(self, qkv: Array) -> tuple[Array, Array, Array]:
@@ -169,7 +169,7 @@ class PortableLanguageModel(LanguageModelRunner):
         x = x + linear(attended.reshape(len(x), -1).astype(self._wide, copy=False), layer.o)
         gate_up = linear(rms_norm(x, layer.post_attention_norm, self.config.rms_norm_eps), layer.gate_up)
         size = self.config.intermediate_size
-        x += linear(silu(gate_up[:, :size], self._xp) * gate_up[:, size:], layer.down)
+        x += linear(silu_gate(gate_up[:, :size], gate_up[:, size:]), layer.down)
         return x
 
 
