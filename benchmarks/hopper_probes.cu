@@ -19,7 +19,8 @@ extern "C" __global__ void probe_copy(const __grid_constant__ TensorMap q_map, c
     mbarrier_wait(smem.q_full(), 0);
     auto read = [](u32 address) {
         uint4 x;
-        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+        asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                      : "r"(address));
         return x;
     };

@@ -28,11 +28,11 @@
 
 // Shared memory, in bytes; soprano_cupy/attention/decode.py counts the same.
 constexpr int SCORE_BYTES = MATRIX_ROWS * SCORE_STRIDE * 4;
-constexpr int VALUES_AT = WARPS * WARP_TILE_BYTES;               // behind the keys
+constexpr int VALUES_AT = WARPS * WARP_TILE_BYTES;  // behind the keys
 constexpr int STAGE_BYTES = VALUES_AT + WARPS * WARP_TILE_BYTES;
-constexpr int SCORES_AT = STAGES * STAGE_BYTES;                  // two buffers
+constexpr int SCORES_AT = STAGES * STAGE_BYTES;  // two buffers
 constexpr int STATES_AT = SCORES_AT + 2 * SCORE_BYTES;
-constexpr int ARRIVAL_AT = STATES_AT + ROW_STATE_BYTES;          // a word
+constexpr int ARRIVAL_AT = STATES_AT + ROW_STATE_BYTES;  // a word
 constexpr int QUERIES_AT = ARRIVAL_AT + 16;
 constexpr int TOTAL_AT = QUERIES_AT + TILE_ROWS * QUERY_STRIDE;  // STATE_BYTES
 
@@ -71,8 +71,8 @@ struct Sequence {
 };
 
 // Elements before row (token, head) of q or out, which start at a sequence's place in the batch or among packed rows.
-DEVICE long long row_offset(const AttentionParams& params, int first_query, int token, int head,
-                            long long batch_stride, long long token_stride, long long head_stride) {
+DEVICE long long row_offset(const AttentionParams& params, int first_query, int token, int head, long long batch_stride,
+                            long long token_stride, long long head_stride) {
     const long long start = params.cu_seqlens_q ? first_query * token_stride : blockIdx.z * batch_stride;
     return start + token * token_stride + (static_cast<long long>(blockIdx.y) * GROUP + head) * head_stride;
 }
@@ -127,7 +127,7 @@ DEVICE void store_rows(const AttentionParams& params, const Sequence& sequence, 
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR / WARPS)
-attention_decode(const __grid_constant__ AttentionParams params) {
+    attention_decode(const __grid_constant__ AttentionParams params) {
     const bool one_row_group = params.seqlen_q * GROUP <= TILE_ROWS;
     const int row_group = one_row_group ? 0 : blockIdx.x / params.splits;
     const int share = blockIdx.x - row_group * params.splits;  // takes the splits share, share + shares, ...
@@ -198,9 +198,12 @@ attention_decode(const __grid_constant__ AttentionParams params) {
         if (!splits.ends(block)) continue;
         if (shares == 1 && splits.shift == 0) continue;  // alone, blocks are splits and merged already
         const int split = block >> splits.shift;
-        if (shares > 1) workspace.store(split, state);
-        else if (split == 0) total.store(state);
-        else total.merge(state);
+        if (shares > 1)
+            workspace.store(split, state);
+        else if (split == 0)
+            total.store(state);
+        else
+            total.merge(state);
         clear(state);
     }
     if (shares > 1) {

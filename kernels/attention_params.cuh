@@ -27,6 +27,6 @@ struct AttentionParams {
     int seqlen_k;  // longest key sequence (the capacity of a cache)
     int num_heads;
     int num_kv_heads;
-    int splits;         // key ranges that a decode launch is divided into; 1 elsewhere
-    float scale_log2;   // softmax scale times log2(e)
+    int splits;        // key ranges that a decode launch is divided into; 1 elsewhere
+    float scale_log2;  // softmax scale times log2(e)
 };

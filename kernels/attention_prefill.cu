@@ -92,7 +92,8 @@ DEVICE void mask_scores(Scores& s_rmem, const RowTile& tile, int warp_first_row,
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = warp_first_row + 16 * m + 8 * half + lane / 4;
-            const int seen = tile.visible_keys(row) - first_key - lane % 4 * 2;  // counted from this lane's first column
+            const int seen =
+                tile.visible_keys(row) - first_key - lane % 4 * 2;  // counted from this lane's first column
 #pragma unroll
             for (int n = 0; n < WARP_KEYS / 8; ++n)
 #pragma unroll
@@ -269,8 +270,8 @@ DEVICE void merge_and_store(const AttentionParams& params, const RowTile& tile, 
                 const float4 part = load_shared<float4>(address);
                 sum[j] += part.x, sum[j + 1] += part.y, sum[j + 2] += part.z, sum[j + 3] += part.w;
             }
-        const uint4 value = make_uint4(pack2(sum[0], sum[1]), pack2(sum[2], sum[3]), pack2(sum[4], sum[5]),
-                                       pack2(sum[6], sum[7]));
+        const uint4 value =
+            make_uint4(pack2(sum[0], sum[1]), pack2(sum[2], sum[3]), pack2(sum[4], sum[5]), pack2(sum[6], sum[7]));
         store_global<uint4>(tile.out_row(params, tile.first_row + row) + chunk * CHUNK, value);
     }
 }
@@ -330,8 +331,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     for (int m = 0; m < ROW_TILES && Q_IN_REGISTERS; ++m)
 #pragma unroll
         for (int d = 0; d < DEPTH_STEPS; ++d)
-            load_matrix_x4(q_rmem[m][d], step_columns(q_warp_smem + lane_offset_rows_first(lane_index()), d) +
-                                             m * 16 * ROW_BYTES);
+            load_matrix_x4(q_rmem[m][d],
+                           step_columns(q_warp_smem + lane_offset_rows_first(lane_index()), d) + m * 16 * ROW_BYTES);
 
     const unsigned warp_smem = warp_n * WARP_KEYS * ROW_BYTES;  // this warp's keys within a tile of K or V
     for (int block = 0; block < num_blocks; ++block) {

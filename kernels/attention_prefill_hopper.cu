@@ -21,8 +21,8 @@ constexpr int O_REGISTERS = HEAD_DIM / 2;  // float32 outputs of a thread
 
 // ---- producer: one warp keeps Q and the rings of K and V filled ----
 
-__device__ __forceinline__ void load_panels(u32 destination, u32 panel_bytes, const TensorMap* map, u32 barrier,
-                                            int c1, int c2, int c3) {
+__device__ __forceinline__ void load_panels(u32 destination, u32 panel_bytes, const TensorMap* map, u32 barrier, int c1,
+                                            int c2, int c3) {
 #pragma unroll
     for (int panel = 0; panel < PANELS; ++panel)
         tma_load(destination + panel * panel_bytes, map, barrier, panel * PANEL_COLUMNS, c1, c2, c3);
@@ -101,8 +101,7 @@ __device__ __forceinline__ void produce(const AttentionParams& p, const Shared s
 
 // ---- consumers ----
 
-template <bool V>
-struct Flag {
+template <bool V> struct Flag {
     static constexpr bool VALUE = V;
 };
 
@@ -290,8 +289,7 @@ __device__ __forceinline__ void store(const AttentionParams& p, const Tile& tile
         if (p.lse && inside && first_column == 0 && lane % 4 == 0) {
             const long long at = batch_row * p.seqlen_q + tile.q_begin + token;
             constexpr float LN_2 = 0.693147180559945309f;
-            p.lse[static_cast<long long>(head) * p.total_q + at] =
-                (softmax.top[i] * p.scale_log2 + log2f(sum)) * LN_2;
+            p.lse[static_cast<long long>(head) * p.total_q + at] = (softmax.top[i] * p.scale_log2 + log2f(sum)) * LN_2;
         }
     }
 }

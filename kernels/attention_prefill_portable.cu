@@ -35,10 +35,10 @@ DEVICE void store_widened(unsigned address, uint4 bits) {
 #if defined(DTYPE_FP32)
     store_shared<uint4>(address, bits);
 #else
-    store_shared<float4>(address, make_float4(unpack_low(bits.x), unpack_high(bits.x), unpack_low(bits.y),
-                                              unpack_high(bits.y)));
-    store_shared<float4>(address + 16, make_float4(unpack_low(bits.z), unpack_high(bits.z), unpack_low(bits.w),
-                                                   unpack_high(bits.w)));
+    store_shared<float4>(address,
+                         make_float4(unpack_low(bits.x), unpack_high(bits.x), unpack_low(bits.y), unpack_high(bits.y)));
+    store_shared<float4>(address + 16,
+                         make_float4(unpack_low(bits.z), unpack_high(bits.z), unpack_low(bits.w), unpack_high(bits.w)));
 #endif
 }
 
@@ -64,7 +64,8 @@ struct BlockInFlight {
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) {
             const int index = thread + i * THREADS;
-            store_widened(tile_smem + index / ROW_VECTORS * ROW_STRIDE + index % ROW_VECTORS * VECTOR * 4, bits_rmem[i]);
+            store_widened(tile_smem + index / ROW_VECTORS * ROW_STRIDE + index % ROW_VECTORS * VECTOR * 4,
+                          bits_rmem[i]);
         }
     }
 };
@@ -180,8 +181,8 @@ DEVICE void store_four(Element* target, float4 value, float factor) {
 #if defined(DTYPE_FP32)
     store_global<float4>(target, make_float4(value.x * factor, value.y * factor, value.z * factor, value.w * factor));
 #else
-    store_global<uint2>(target, make_uint2(pack2(value.x * factor, value.y * factor),
-                                           pack2(value.z * factor, value.w * factor)));
+    store_global<uint2>(
+        target, make_uint2(pack2(value.x * factor, value.y * factor), pack2(value.z * factor, value.w * factor)));
 #endif
 }
 
@@ -189,7 +190,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
     attention_prefill_portable(const __grid_constant__ AttentionParams params) {
     const RowTile tile = select_tile<ROWS>(params);
     if (tile.num_rows <= 0) return;
-    const unsigned q_smem = shared_base(), kv_smem = q_smem + ROWS * ROW_STRIDE, p_smem = kv_smem + BLOCK_KEYS * ROW_STRIDE;
+    const unsigned q_smem = shared_base(), kv_smem = q_smem + ROWS * ROW_STRIDE,
+                   p_smem = kv_smem + BLOCK_KEYS * ROW_STRIDE;
     const int ty = warp_index() * 4 + lane_index() / 8, tx = lane_index() % 8;
 
     const int num_keys = tile.visible_keys(tile.first_row + tile.num_rows - 1);  // that any row of the tile sees

@@ -8,9 +8,9 @@
 
 // Causal masks align bottom right: token t of a sequence sees the keys j <= keys - queries + t.
 struct RowTile {
-    int queries, keys;      // of the sequence; keys in use only
-    int first_row, num_rows;  // of this tile in the sequence's matrix; num_rows <= 0: nothing to do
-    long long first_query;  // where the sequence begins along lse's token axis
+    int queries, keys;         // of the sequence; keys in use only
+    int first_row, num_rows;   // of this tile in the sequence's matrix; num_rows <= 0: nothing to do
+    long long first_query;     // where the sequence begins along lse's token axis
     const Element *q, *k, *v;  // at the sequence's first token and this KV head (q: its first query head)
     Element* out;
     float* lse;  // at the KV head's first query head and the sequence's first token; null: not wanted
@@ -32,7 +32,8 @@ struct RowTile {
         return out + token(row) * params.out_token_stride + head(row) * params.out_head_stride;
     }
     DEVICE void store_lse(const AttentionParams& params, int row, float value) const {
-        if (lse != nullptr) store_global<float>(lse + head(row) * static_cast<long long>(params.total_q) + token(row), value);
+        if (lse != nullptr)
+            store_global<float>(lse + head(row) * static_cast<long long>(params.total_q) + token(row), value);
     }
 };
 

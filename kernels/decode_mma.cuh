@@ -13,9 +13,9 @@
 
 constexpr int MATRIX_ROWS = TILE_ROWS < 16 ? TILE_ROWS : 16;  // rows of a product that are looked at: 8 or 16
 constexpr int ROW_TILES = TILE_ROWS / MATRIX_ROWS;
-constexpr int TILE_HELD = MATRIX_ROWS / 8;                    // rows of one product that a lane holds: g, g + 8
-constexpr int HELD_ROWS = ROW_TILES * TILE_HELD;              // rows of the thread block that a lane holds
-constexpr int HELD_DIMS = 8;                                  // of each: 2 t and the next, of every 8 of the warp's 32
+constexpr int TILE_HELD = MATRIX_ROWS / 8;        // rows of one product that a lane holds: g, g + 8
+constexpr int HELD_ROWS = ROW_TILES * TILE_HELD;  // rows of the thread block that a lane holds
+constexpr int HELD_DIMS = 8;                      // of each: 2 t and the next, of every 8 of the warp's 32
 
 // Bytes of a query row in shared memory; 64 more than a multiple of 128 puts two rows side by side in the banks.
 constexpr int QUERY_STRIDE = HEAD_DIM * 2 + (HEAD_DIM == 32 ? 0 : 64);
@@ -77,8 +77,10 @@ DEVICE void write_scores(int tile, unsigned keys, unsigned queries, unsigned sco
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
                 const Registers k(load_shared<uint4>(key_slot(keys, pair + n, j)));
-                if (TILE_HELD == 1) s[n].add_8_rows(upper.r, k.r);
-                else s[n].add_16_rows(upper.r, lower.r, k.r);
+                if (TILE_HELD == 1)
+                    s[n].add_8_rows(upper.r, k.r);
+                else
+                    s[n].add_16_rows(upper.r, lower.r, k.r);
             }
         }
 #pragma unroll
@@ -141,7 +143,7 @@ template <typename Row> DEVICE void merge_values(unsigned values, unsigned score
             for (int n = 0; n < 2; ++n) {
                 load_matrix_x4_trans(v[n], value_slot(values, 16 * (i + n) + lane % 16, 2 * pair + lane / 16));
             }
-            const unsigned(&w)[BLOCK_KEYS / 8] = weights[0];
+            const unsigned (&w)[BLOCK_KEYS / 8] = weights[0];
             const unsigned upper[4] = {w[2 * i], w[2 * i + 2], w[2 * i + 1], w[2 * i + 3]};
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
@@ -149,7 +151,7 @@ template <typename Row> DEVICE void merge_values(unsigned values, unsigned score
                 if constexpr (TILE_HELD == 1) {
                     o[n].add_8_rows(upper, b);
                 } else {
-                    const unsigned(&x)[BLOCK_KEYS / 8] = weights[1];
+                    const unsigned (&x)[BLOCK_KEYS / 8] = weights[1];
                     const unsigned lower[4] = {x[2 * i], x[2 * i + 2], x[2 * i + 1], x[2 * i + 3]};
                     o[n].add_16_rows(upper, lower, b);
                 }

@@ -8,7 +8,7 @@
 constexpr int ROW_TILES = 1;
 constexpr int TILE_HELD = TILE_ROWS;  // every lane holds every row,
 constexpr int HELD_ROWS = TILE_ROWS;
-constexpr int HELD_DIMS = 1;          // each for one dimension of its own
+constexpr int HELD_DIMS = 1;  // each for one dimension of its own
 constexpr int MATRIX_ROWS = TILE_ROWS;
 
 constexpr int QUERY_STRIDE = HEAD_DIM * 4;      // bytes of a query row in shared memory, as fp32

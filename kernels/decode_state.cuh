@@ -147,8 +147,8 @@ struct Workspace {
         const int row_groups = ceil_div(params.seqlen_q * GROUP, TILE_ROWS);
         const int slot = (blockIdx.z * gridDim.y + blockIdx.y) * row_groups + row_group;
         arrivals = static_cast<unsigned*>(params.workspace) + slot;
-        states = static_cast<char*>(params.workspace) + ARRIVAL_BYTES
-                 + static_cast<long long>(slot) * Splits::most(params.seqlen_k) * STATE_BYTES;
+        states = static_cast<char*>(params.workspace) + ARRIVAL_BYTES +
+                 static_cast<long long>(slot) * Splits::most(params.seqlen_k) * STATE_BYTES;
     }
 
     DEVICE void store(int split, const RowState (&state)[HELD_ROWS]) const {

@@ -123,13 +123,17 @@ template <> DEVICE float2 load_shared<float2>(unsigned address) {
 template <> DEVICE float4 load_shared<float4>(unsigned address) {
     float4 v;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address)
+                 : "memory");
     return v;
 }
 template <> DEVICE uint4 load_shared<uint4>(unsigned address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
     return v;
 }
 
@@ -143,12 +147,12 @@ template <> DEVICE void store_shared<float2>(unsigned address, float2 v) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
 }
 template <> DEVICE void store_shared<float4>(unsigned address, float4 v) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};"
-                 ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
 }
 template <> DEVICE void store_shared<uint4>(unsigned address, uint4 v) {
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};"
-                 ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -158,9 +162,7 @@ template <> DEVICE void store_shared<uint4>(unsigned address, uint4 v) {
 template <typename T> DEVICE T load_global(const void* address) { return __ldg(static_cast<const T*>(address)); }
 
 // Reads data that other blocks of this launch may have written (after fence_device and an atomic of theirs).
-template <typename T> DEVICE T load_global_fresh(const void* address) {
-    return __ldcg(static_cast<const T*>(address));
-}
+template <typename T> DEVICE T load_global_fresh(const void* address) { return __ldcg(static_cast<const T*>(address)); }
 
 template <typename T> DEVICE void store_global(void* address, T value) { *static_cast<T*>(address) = value; }
 
@@ -179,8 +181,9 @@ DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 DEVICE void copy_async_16(unsigned shared_address, const void* source, bool valid) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
-                 ::"r"(shared_address), "l"(source), "r"(valid ? 16 : 0) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address), "l"(source),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
 #else
     uint4 value = make_uint4(0u, 0u, 0u, 0u);
     if (valid) value = load_global<uint4>(source);
@@ -209,9 +212,7 @@ DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 
 // Waits for `threads` threads (a multiple of 32) at barrier `id` (1 to 15).
-DEVICE void sync_named(int id, int threads) {
-    asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
+DEVICE void sync_named(int id, int threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 #if __CUDA_ARCH__ >= 900
 // Thread-block clusters: the blocks of a cluster read each other's shared memory.
@@ -228,15 +229,22 @@ DEVICE void sync_cluster() {
 // Reads a float at this block's shared `address` in the block of rank `rank`.
 DEVICE float load_shared_of(unsigned address, unsigned rank) {
     float v;
-    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\n"
-                 "ld.shared::cluster.f32 %0, [remote];\n}" : "=f"(v) : "r"(address), "r"(rank) : "memory");
+    asm volatile(
+        "{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %1, %2;\n"
+        "ld.shared::cluster.f32 %0, [remote];\n}"
+        : "=f"(v)
+        : "r"(address), "r"(rank)
+        : "memory");
     return v;
 }
 DEVICE float4 load_shared4_of(unsigned address, unsigned rank) {
     float4 v;
-    asm volatile("{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+    asm volatile(
+        "{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %4, %5;\n"
+        "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];\n}"
+        : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+        : "r"(address), "r"(rank)
+        : "memory");
     return v;
 }
 #endif
@@ -261,22 +269,30 @@ DEVICE void load_matrix_x1(unsigned& r, unsigned address) {
 }
 DEVICE void load_matrix_x2(unsigned (&r)[2], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
 }
 DEVICE void load_matrix_x4(unsigned (&r)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
 }
 DEVICE void load_matrix_x1_trans(unsigned& r, unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(address) : "memory");
 }
 DEVICE void load_matrix_x2_trans(unsigned (&r)[2], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(r[0]), "=r"(r[1]) : "r"(address) : "memory");
+                 : "=r"(r[0]), "=r"(r[1])
+                 : "r"(address)
+                 : "memory");
 }
 DEVICE void load_matrix_x4_trans(unsigned (&r)[4], unsigned address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
 }
 
 // d (16 x 8, fp32) += a (16 x 8) b (8 x 8). a: rows l / 4 and l / 4 + 8; b: column l / 4; d: rows l / 4 (d[0], d[1]) and
@@ -284,10 +300,12 @@ DEVICE void load_matrix_x4_trans(unsigned (&r)[4], unsigned address) {
 DEVICE void mma_16x8x8(float (&d)[4], unsigned a0, unsigned a1, unsigned b) {
 #if defined(DTYPE_FP16)
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b));
 #elif __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(b));
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(b));
 #endif
 }
 

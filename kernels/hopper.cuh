@@ -9,10 +9,10 @@
 using u32 = unsigned int;
 using u64 = unsigned long long;
 
-constexpr int WARPGROUP = 128;      // threads that issue one wgmma together
-constexpr int PANEL_COLUMNS = 64;   // 16-bit elements in a 128-byte swizzled row
+constexpr int WARPGROUP = 128;     // threads that issue one wgmma together
+constexpr int PANEL_COLUMNS = 64;  // 16-bit elements in a 128-byte swizzled row
 constexpr int PANEL_ROW_BYTES = 128;
-constexpr int SWIZZLE_ROWS = 8;     // the swizzle repeats every 8 rows: 1024 bytes
+constexpr int SWIZZLE_ROWS = 8;                         // the swizzle repeats every 8 rows: 1024 bytes
 constexpr long long SPIN_LIMIT_CYCLES = 20000000000LL;  // about 10 s: a wait this long is a bug, so trap
 
 struct alignas(64) TensorMap {
@@ -124,13 +124,11 @@ __device__ __forceinline__ float shared_load(u32 address) {
 
 // ---- registers: a warpgroup hands registers back to the block, or takes them ----
 
-template <int REGISTERS>
-__device__ __forceinline__ void registers_release() {
+template <int REGISTERS> __device__ __forceinline__ void registers_release() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-template <int REGISTERS>
-__device__ __forceinline__ void registers_claim() {
+template <int REGISTERS> __device__ __forceinline__ void registers_claim() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
@@ -149,8 +147,7 @@ __device__ __forceinline__ constexpr u64 descriptor_k_major(u32 address) {
 
 // Rows are contiguous along N (a transposed B): the leading offset leads from a panel of 64 columns to the next,
 // the stride offset from 8 rows of K to the next 8. A step of 16 rows adds 128 to the start.
-template <int PANEL_BYTES>
-__device__ __forceinline__ constexpr u64 descriptor_n_major(u32 address) {
+template <int PANEL_BYTES> __device__ __forceinline__ constexpr u64 descriptor_n_major(u32 address) {
     constexpr u64 LEADING = PANEL_BYTES >> 4;
     constexpr u64 STRIDE = SWIZZLE_ROWS * PANEL_ROW_BYTES >> 4;
     return static_cast<u64>((address & 0x3FFFF) >> 4) | (LEADING << 16) | (STRIDE << 32) | (1ull << 62);
@@ -164,18 +161,18 @@ __device__ __forceinline__ constexpr u64 descriptor_n_major(u32 address) {
 #error "define DTYPE_BF16 or DTYPE_FP16"
 #endif
 
-#define REGISTERS_8(d, i)                                                                                       \
-    "+f"((d)[i]), "+f"((d)[i + 1]), "+f"((d)[i + 2]), "+f"((d)[i + 3]), "+f"((d)[i + 4]), "+f"((d)[i + 5]),     \
+#define REGISTERS_8(d, i)                                                                                   \
+    "+f"((d)[i]), "+f"((d)[i + 1]), "+f"((d)[i + 2]), "+f"((d)[i + 3]), "+f"((d)[i + 4]), "+f"((d)[i + 5]), \
         "+f"((d)[i + 6]), "+f"((d)[i + 7])
 #define REGISTERS_32(d) REGISTERS_8(d, 0), REGISTERS_8(d, 8), REGISTERS_8(d, 16), REGISTERS_8(d, 24)
-#define REGISTERS_64(d) \
-    REGISTERS_32(d), REGISTERS_8(d, 32), REGISTERS_8(d, 40), REGISTERS_8(d, 48), REGISTERS_8(d, 56)
-#define NAMES_32                                                                      \
+#define REGISTERS_64(d) REGISTERS_32(d), REGISTERS_8(d, 32), REGISTERS_8(d, 40), REGISTERS_8(d, 48), REGISTERS_8(d, 56)
+#define NAMES_32                                                                     \
     "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
     "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define NAMES_64                                                                              \
-    NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50," \
-             "%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES_64                                                                    \
+    NAMES_32                                                                        \
+    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50," \
+    "%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // The accumulators named here hold their values before the products that follow: nothing on them moves past.
 __device__ __forceinline__ void wgmma_fence(float (&d)[64]) {
@@ -188,12 +185,10 @@ __device__ __forceinline__ void wgmma_fence(float (&d)[32]) {
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // All but the last PENDING groups are complete; `d`, written by one of those, may be read from here on.
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait(float (&d)[64]) {
+template <int PENDING> __device__ __forceinline__ void wgmma_wait(float (&d)[64]) {
     asm volatile("wgmma.wait_group.sync.aligned %64;" : REGISTERS_64(d) : "n"(PENDING) : "memory");
 }
-template <int PENDING>
-__device__ __forceinline__ void wgmma_wait(float (&d)[32]) {
+template <int PENDING> __device__ __forceinline__ void wgmma_wait(float (&d)[32]) {
     asm volatile("wgmma.wait_group.sync.aligned %32;" : REGISTERS_32(d) : "n"(PENDING) : "memory");
 }
 
@@ -201,35 +196,37 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[32]) {
 __device__ __forceinline__ void hold(float (&d)[64]) { asm volatile("" : REGISTERS_64(d)::"memory"); }
 
 // A and B in shared memory, both contiguous along K; ACCUMULATE false starts from zero. N = 128 and N = 64.
-template <bool ACCUMULATE>
-__device__ __forceinline__ void wgmma_shared(float (&d)[64], u64 a, u64 b) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES " {" NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}\n"
-                 : REGISTERS_64(d)
-                 : "l"(a), "l"(b), "n"(ACCUMULATE ? 1 : 0));
+template <bool ACCUMULATE> __device__ __forceinline__ void wgmma_shared(float (&d)[64], u64 a, u64 b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES " {" NAMES_64 "}, %64, %65, p, 1, 1, 0, 0;\n}\n"
+        : REGISTERS_64(d)
+        : "l"(a), "l"(b), "n"(ACCUMULATE ? 1 : 0));
 }
-template <bool ACCUMULATE>
-__device__ __forceinline__ void wgmma_shared(float (&d)[32], u64 a, u64 b) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}\n"
-                 : REGISTERS_32(d)
-                 : "l"(a), "l"(b), "n"(ACCUMULATE ? 1 : 0));
+template <bool ACCUMULATE> __device__ __forceinline__ void wgmma_shared(float (&d)[32], u64 a, u64 b) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" NAMES_32 "}, %32, %33, p, 1, 1, 0, 0;\n}\n"
+        : REGISTERS_32(d)
+        : "l"(a), "l"(b), "n"(ACCUMULATE ? 1 : 0));
 }
 
 // A in registers, B in shared memory contiguous along N (transposed); always accumulates.
 __device__ __forceinline__ void wgmma_registers(float (&d)[64], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
-    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES " {" NAMES_64
-                 "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;\n}\n"
-                 : REGISTERS_64(d)
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16." WGMMA_TYPES " {" NAMES_64
+        "}, {%64,%65,%66,%67}, %68, p, 1, 1, 1;\n}\n"
+        : REGISTERS_64(d)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 __device__ __forceinline__ void wgmma_registers(float (&d)[32], u32 a0, u32 a1, u32 a2, u32 a3, u64 b) {
-    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" NAMES_32
-                 "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1;\n}\n"
-                 : REGISTERS_32(d)
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {" NAMES_32
+        "}, {%32,%33,%34,%35}, %36, p, 1, 1, 1;\n}\n"
+        : REGISTERS_32(d)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
 }
 
 // ---- arithmetic ----

@@ -47,7 +47,8 @@ DEVICE void copy_tile_async(unsigned tile_smem, const Element* first_row, long l
 #pragma unroll
     for (int i = 0; i < PASSES; ++i) {
         staged_rmem[i] = make_uint4(0u, 0u, 0u, 0u);
-        if (row + i * ROWS_AT_ONCE < valid_rows) staged_rmem[i] = load_global<uint4>(source + i * ROWS_AT_ONCE * stride);
+        if (row + i * ROWS_AT_ONCE < valid_rows)
+            staged_rmem[i] = load_global<uint4>(source + i * ROWS_AT_ONCE * stride);
     }
 #pragma unroll
     for (int i = 0; i < PASSES; ++i)

@@ -201,10 +201,14 @@ def _build(source: str, defines: tuple[tuple[str, str], ...], arch: int) -> Kern
 
 
 def poisoned(shape: Sequence[int], dtype: Any, guard: int = 64) -> np.ndarray[Any, Any]:
-    """A NaN-filled array inside a larger NaN-filled one: neighbours in memory are NaN too. Aligned to 16 bytes."""
+    """A NaN-filled array inside a larger NaN-filled one: neighbours in memory are NaN too. Aligned to 16 bytes.
+
+    Bytes are all ones, which is NaN in every floating-point type.
+    """
     count = math.prod(shape)
     itemsize = np.dtype(dtype).itemsize
-    storage = np.full(count + 2 * guard + 16 // itemsize, np.nan, dtype=dtype)
+    filling = 255 if np.dtype(dtype) == np.uint8 else np.nan
+    storage = np.full(count + 2 * guard + 16 // itemsize, filling, dtype=dtype)
     start = guard + (-(storage.ctypes.data // itemsize + guard)) % (16 // itemsize)
     return storage[start : start + count].reshape(shape)
 

@@ -29,10 +29,18 @@ using emulation::blockIdx;
 using emulation::gridDim;
 using emulation::threadIdx;
 
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
@@ -78,9 +86,7 @@ template <typename T> T load_global(const void* address) {
     return value;
 }
 template <typename T> T load_global_fresh(const void* address) { return load_global<T>(address); }
-template <typename T> void store_global(void* address, T value) {
-    emulation::write_global(address, &value, sizeof(T));
-}
+template <typename T> void store_global(void* address, T value) { emulation::write_global(address, &value, sizeof(T)); }
 inline unsigned atomic_increment(unsigned* counter, unsigned limit) {
     const unsigned old = load_global<unsigned>(counter);
     store_global<unsigned>(counter, old >= limit ? 0 : old + 1);

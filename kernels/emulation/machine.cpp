@@ -27,8 +27,8 @@ struct Copy {
 };
 
 struct Thread {
-    std::vector<Copy> open;               // copies issued since the last commit
-    std::deque<std::vector<Copy>> groups;  // committed and still in flight, oldest first
+    std::vector<Copy> open;                          // copies issued since the last commit
+    std::deque<std::vector<Copy>> groups;            // committed and still in flight, oldest first
     int barriers = 0, waits = 0, warp_barriers = 0;  // how many it has met, for Options::skip_*
 };
 
@@ -188,8 +188,7 @@ void distribute(Warp& warp, int matrices, bool transposed) {
     std::uint16_t rows[4][8][8];
     for (int i = 0; i < matrices * 8; ++i) {
         const unsigned address = static_cast<MatrixSlot*>(warp.slots[i])->address;
-        machine.shared.read(machine.block(), address - SHARED_BASE, rows[i / 8][i % 8], 16,
-                            {machine.warp(), NO_LANE});
+        machine.shared.read(machine.block(), address - SHARED_BASE, rows[i / 8][i % 8], 16, {machine.warp(), NO_LANE});
     }
     for (int lane = 0; lane < LANES; ++lane) {
         const int row = lane / 4, column = lane % 4 * 2;
