@@ -1,4 +1,4 @@
-"""How far this package is from the reference's numbers, on the CPU and, where there is one, on a GPU.
+"""How far this package is from the reference's numbers, on a GPU or, where there is none, on the CPU.
 
     python benchmarks/parity.py [--shared FOLDER] [--out FILE]
 
@@ -91,9 +91,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="result file; benchmarks/results/<machine>-parity.json by default")
     options = parser.parse_args()
     gpu = cuda_problem() is None
-    runs: list[tuple[str, str]] = [("portable", "float64"), ("portable", "float32"), ("cpu", "float32")]
-    if gpu:
-        runs += [("cuda", "float64"), ("cuda", "float32")]
+    runs = [("portable", "float64"), ("portable", "float32")]
+    runs += [("cuda", "float64"), ("cuda", "float32")] if gpu else [("cpu", "float32")]
     rows = [row for place, dtype in runs for row in measure(options.shared, place, dtype)]
     facts: dict[str, Any] = machine_facts(gpu=gpu)
     out = options.out or RESULTS / f"{facts['machine'] if gpu else 'cpu'}-parity.json"
