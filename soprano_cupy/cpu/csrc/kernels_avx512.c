@@ -19,16 +19,19 @@ static void prepare_bytes(const float *row, int inputs, Operand *x, int r) {
     float magnitude = row_magnitude(row, inputs);
     float inverse = row_inverse(magnitude);
     x->scales[r] = magnitude / INT15_LIMIT;
-    int8_t *high = operand_high(x, r), *low = high + operand_low_offset(x, r);
+    int8_t *high = operand_high(x, r), *low = high + operand_low_offset(x);
     for (int t = 0; t < x->tiles; t++) {
         int32_t whole[INT8_GROUP];
-        x->sums[(size_t)r * x->tiles + t] = round_group(row + t * INT8_GROUP, inputs - t * INT8_GROUP, inverse, whole);
+        __m512i sum = _mm512_setzero_si512();
+        round_group(row + t * INT8_GROUP, inputs - t * INT8_GROUP, inverse, whole);
         for (int i = 0; i < INT8_GROUP; i += 16) {
             __m512i w = _mm512_loadu_si512(whole + i);
             _mm_storeu_si128((__m128i *)(high + t * INT8_GROUP + i), _mm512_cvtepi32_epi8(_mm512_srai_epi32(w, 7)));
             __m512i rest = _mm512_and_si512(w, _mm512_set1_epi32(127));
             _mm_storeu_si128((__m128i *)(low + t * INT8_GROUP + i), _mm512_cvtepi32_epi8(rest));
+            sum = _mm512_add_epi32(sum, w);
         }
+        x->sums[(size_t)r * x->tiles + t] = _mm512_reduce_add_epi32(_mm512_slli_epi32(sum, 7));
     }
 }
 

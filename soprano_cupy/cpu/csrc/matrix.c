@@ -22,11 +22,16 @@ static size_t round_up(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 static size_t element_bytes(int dtype) { return dtype == FLOAT32 ? 4 : 2; }
 
+/* bfloat16 weights meet float32 rows where there is no bfloat16 unit: room for either. int8 rows come in groups. */
+static size_t operand_data_bytes(int dtype, size_t rows, size_t stride) {
+    if (dtype == INT8) return (rows + OPERAND_GROUP - 1) / OPERAND_GROUP * OPERAND_GROUP * stride * sizeof(int16_t);
+    return rows * stride * sizeof(float);
+}
+
 size_t operand_bytes(int dtype, int rows, int inputs) {
     size_t tiles = ceil_div(inputs, tile_depth(dtype)), stride = tiles * tile_depth(dtype);
-    /* bfloat16 weights meet float32 rows where there is no bfloat16 unit: room for either */
-    size_t data = rows * stride * element_bytes(dtype == BFLOAT16 ? FLOAT32 : dtype);
-    return round_up(data) + round_up(rows * sizeof(float)) + round_up(rows * tiles * sizeof(int32_t));
+    return round_up(operand_data_bytes(dtype, rows, stride)) + round_up(rows * sizeof(float)) +
+           round_up(rows * tiles * sizeof(int32_t));
 }
 
 void operand_place(Operand *x, int dtype, int rows, int inputs, void *memory) {
@@ -36,7 +41,7 @@ void operand_place(Operand *x, int dtype, int rows, int inputs, void *memory) {
     x->tiles = ceil_div(inputs, tile_depth(dtype));
     x->stride = x->tiles * tile_depth(dtype);
     x->data = p;
-    p += round_up((size_t)rows * x->stride * element_bytes(dtype == BFLOAT16 ? FLOAT32 : dtype));
+    p += round_up(operand_data_bytes(dtype, rows, x->stride));
     x->scales = (float *)p;
     x->sums = (int32_t *)(p + round_up(rows * sizeof(float)));
 }
@@ -94,7 +99,7 @@ static uint16_t quantise(const float values[INT8_GROUP], uint8_t bytes[INT8_GROU
         float shifted = scaled + magic;
         int32_t word;
         memcpy(&word, &shifted, sizeof word);
-        bytes[i] = (uint8_t)(word + 128);
+        bytes[i] = (uint8_t)word;
     }
     return scale;
 }

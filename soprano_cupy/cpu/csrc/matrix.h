@@ -7,7 +7,7 @@
  *   data[block][tile][panel 4][word 16][output 16] of 32-bit words; a word holds 1 float32, 2 bfloat16 or 4 int8
  *   of consecutive inputs. In int8, 64 bfloat16 scales [panel 4][output 16] follow each tile's panels.
  *
- * int8 is w = scale * (byte - 128) with a scale for every 64 inputs of every output. Outputs and inputs are padded
+ * int8 is w = scale * byte with a scale for every 64 inputs of every output. Outputs and inputs are padded
  * with zero weights. The layout is that of AMX tiles and of every dot-product instruction, so one packing serves
  * all instruction sets. */
 #ifndef SOPRANO_MATRIX_H
@@ -39,8 +39,9 @@ typedef struct Matrix {
  *
  * floats: (rows, stride) float32, or bits: (rows, stride) bfloat16 where the products run in bfloat16.
  * int8 products take rows rounded to 15 bits, x = scale * X with X = 128 * high + low: as words (rows, stride)
- * int16, or as bytes where high and low of up to 8 rows form the 16 rows of an AMX tile.
- * sums: (rows, tiles) 128 * sum of X over each tile, which takes the weights' offset of 128 out again. */
+ * int16, or as bytes where high and low of 8 rows form the 16 rows of an AMX tile; rows that fill up the last group
+ * are never written, and what becomes of them is dropped.
+ * sums: (rows, tiles) 128 * sum of X over each tile, for dot products that take the weights plus 128. */
 typedef struct Operand {
     int dtype;
     int rows;   /* prepared rows of this product */
@@ -76,18 +77,14 @@ static inline const uint8_t *matrix_tile(const Matrix *m, int block, int tile) {
 size_t operand_bytes(int dtype, int rows, int inputs);
 void operand_place(Operand *x, int dtype, int rows, int inputs, void *memory);
 
-/* The high bytes of row r when `rows` rows are prepared: groups of 8 rows, high bytes first, then low bytes. */
+/* The high bytes of row r: each group of 8 rows has 8 rows of high bytes, then 8 of low bytes. */
 static inline int8_t *operand_high(const Operand *x, int r) {
     int group = r / OPERAND_GROUP;
     return x->bytes + (size_t)(2 * OPERAND_GROUP * group + r % OPERAND_GROUP) * x->stride;
 }
 
 /* From a row's high bytes to its low bytes. */
-static inline ptrdiff_t operand_low_offset(const Operand *x, int r) {
-    int first = r / OPERAND_GROUP * OPERAND_GROUP;
-    int count = x->rows - first < OPERAND_GROUP ? x->rows - first : OPERAND_GROUP;
-    return (ptrdiff_t)count * x->stride;
-}
+static inline ptrdiff_t operand_low_offset(const Operand *x) { return (ptrdiff_t)OPERAND_GROUP * x->stride; }
 
 /* A source of weights: a C-contiguous (rows, inputs) array of float32 or bfloat16 that becomes outputs
  * first, first + 1, ... of a matrix; with `interleave` set, its row i becomes output 64 (i / 32) + 32 (i % 32 / 16)

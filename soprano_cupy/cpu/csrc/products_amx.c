@@ -13,7 +13,7 @@
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-int8,amx-bf16")
 
 #define HEIGHT 16 /* rows of a full tile */
-#define UNROLL _Pragma("GCC unroll 4")
+#define UNROLL _Pragma("GCC unroll 8")
 
 /* The layout that LDTILECFG reads. */
 typedef struct TileShapes {
@@ -29,10 +29,14 @@ static void shape_tiles(unsigned activations, int height) {
         shapes.row_bytes[t] = 64;
         shapes.heights[t] = activations >> t & 1 ? height : HEIGHT;
     }
+    __asm__ volatile("" : : "r"(&shapes) : "memory"); /* GCC believes that only the first 8 bytes are read */
     _tile_loadconfig(&shapes);
 }
 
 void amx_release(void) { _tile_release(); }
+
+/* Tiles are cleared by loading zeros: TILEZERO waits, on some runs, until all products under way are done. */
+static const uint8_t ZEROS[PANEL_BYTES] __attribute__((aligned(64)));
 
 /* Tile numbers are part of the instructions: FOR_TILE(i, action) is action(i) for a constant i. */
 #define FOR_TILE(i, action)      \
@@ -52,7 +56,7 @@ static inline __attribute__((always_inline)) void bfloat16_block(const int row_t
                                                                  const uint8_t *weights, const Operand *x, int first,
                                                                  float *out) {
     const uint16_t *bits = x->bits + (size_t)first * x->stride;
-#define CLEAR(sums) _tile_zero(sums)
+#define CLEAR(sums) _tile_loadd(sums, ZEROS, 64)
     UNROLL for (int i = 0; i < row_tiles * panels; i++) FOR_TILE(i, CLEAR);
     for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, bits += 2 * WORDS) {
         UNROLL for (int p = 0; p < panels; p++) {
@@ -110,111 +114,105 @@ void multiply_bfloat16_amx(const Matrix *m, int block, int panel, int panels, co
     }
 }
 
-/* ---- int8: sums in tiles 0 and 1, activations in 2, the weights of four panels in 4 to 7 ---- */
+/* ---- int8: sums in tiles 0 and 1, activations in 2, weights in 4 and 5 ---- */
 
+#define PAIR 2             /* panels that a group of rows takes together: 8 x 2 totals stay in registers */
 #define INT8_TILES_AHEAD 8 /* into the second-level cache, which holds more than the first has room for */
 
-/* Sums of one group of rows and one tile of inputs, on their way from tiles to float32. */
-typedef struct Pending {
-    const int32_t *sums; /* (2 rows, 64): `rows` rows of high sums, then of low sums */
-    const uint16_t *scales;
-    const int32_t *offsets;
-    float *out;
-    int rows;
-} Pending;
+/* What a group of up to 8 rows sums up for a pair of panels, in registers from the first tile to the last. */
+typedef struct Totals {
+    __m512 rows[OPERAND_GROUP][PAIR];
+} Totals;
 
-/* out += scale * (128 * high + low - offset). `ahead`: weights to ask for meanwhile, a share with every row, as a
- * burst of requests would hold up the loads behind it. */
-static inline __attribute__((always_inline)) void add_scaled(const int panels, const Pending *pending,
-                                                             ptrdiff_t offset_stride, const uint8_t *ahead) {
-    int share = ahead ? panels * PANEL_BYTES / pending->rows : 0;
-    __m512 scale[PANELS];
+/* totals += scale * (128 * high + low). sums: (16, 32), 8 rows of high sums, then of low sums. `ahead`: weights to ask for meanwhile, two lines with every vector, as a burst of
+ * requests would hold up the loads behind it. */
+static inline __attribute__((always_inline)) void add_scaled(const int panels, Totals *totals, const int32_t *sums,
+                                                             const uint16_t *scales, const uint8_t *ahead) {
+    __m512 scale[PAIR];
     UNROLL for (int p = 0; p < panels; p++) {
-        __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(pending->scales + p * PANEL)));
+        __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(scales + p * PANEL)));
         scale[p] = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     }
-    for (int r = 0; r < pending->rows; r++) {
-        const int32_t *high = pending->sums + r * BLOCK, *low = high + pending->rows * BLOCK;
-        __m512i offset = _mm512_set1_epi32(pending->offsets[r * offset_stride]);
-        float *out = pending->out + r * BLOCK;
-        for (int i = 0; i < share; i += 64) _mm_prefetch((const char *)ahead + r * share + i, _MM_HINT_T1);
+    UNROLL for (int r = 0; r < OPERAND_GROUP; r++) {
         UNROLL for (int p = 0; p < panels; p++) {
-            __m512i sum = _mm512_slli_epi32(_mm512_load_si512(high + p * PANEL), 7);
-            sum = _mm512_sub_epi32(_mm512_add_epi32(sum, _mm512_load_si512(low + p * PANEL)), offset);
-            __m512 total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale[p], _mm512_loadu_ps(out + p * PANEL));
-            _mm512_storeu_ps(out + p * PANEL, total);
-        }
-    }
-}
-
-/* out (rows, panels * 16) += rows times panels, the rows in full groups of 8 or a single group of fewer.
- *
- * Tile after tile of the inputs, the weights stay in tile registers for all groups. A group's sums are read back
- * only after the next group's products have begun: loads cannot be served from tile stores still under way. */
-static inline __attribute__((always_inline)) void int8_block(const int panels, const Matrix *m, const uint8_t *weights,
-                                                             const uint16_t *scales, const Operand *x, int first,
-                                                             int rows, float *out) {
-    int32_t buffers[2][HEIGHT * BLOCK] __attribute__((aligned(64)));
-    int group_rows = rows < OPERAND_GROUP ? rows : OPERAND_GROUP, turn = 0;
-    Pending pending = {.rows = 0};
-    for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, scales += m->tile_bytes / 2) {
-#define LOAD(p, words) _tile_loadd(words, weights + p * PANEL_BYTES, 64)
-        LOAD(0, 4);
-        if (panels == PANELS) {
-            LOAD(1, 5);
-            LOAD(2, 6);
-            LOAD(3, 7);
-        }
-        for (int r = 0; r < rows; r += group_rows, turn ^= 1) {
-            int32_t *sums = buffers[turn];
-            _tile_loadd(2, operand_high(x, first + r) + t * INT8_GROUP, x->stride);
-#define MULTIPLY_STORE(p, words, products) \
-    _tile_zero(products);                  \
-    _tile_dpbsud(products, 2, words);      \
-    _tile_stored(products, sums + p * PANEL, BLOCK * sizeof *sums)
-            MULTIPLY_STORE(0, 4, 0);
-            if (panels == PANELS) {
-                MULTIPLY_STORE(1, 5, 1);
-                MULTIPLY_STORE(2, 6, 0);
-                MULTIPLY_STORE(3, 7, 1);
+            const int32_t *high = sums + (r * PAIR + p) * PANEL, *low = high + OPERAND_GROUP * PAIR * PANEL;
+            __m512i sum = _mm512_slli_epi32(_mm512_load_si512(high), 7);
+            sum = _mm512_add_epi32(sum, _mm512_load_si512(low));
+            totals->rows[r][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale[p], totals->rows[r][p]);
+            if (ahead) {
+                _mm_prefetch((const char *)ahead + (r * panels + p) * 128, _MM_HINT_T1);
+                _mm_prefetch((const char *)ahead + (r * panels + p) * 128 + 64, _MM_HINT_T1);
             }
-            const uint8_t *ahead = r == 0 ? weights + INT8_TILES_AHEAD * m->tile_bytes : NULL;
-            if (pending.rows) add_scaled(panels, &pending, x->tiles, ahead);
-            const int32_t *offsets = x->sums + (size_t)(first + r) * x->tiles + t;
-            pending = (Pending){sums, scales, offsets, out + r * BLOCK, group_rows};
         }
     }
-    add_scaled(panels, &pending, x->tiles, NULL);
 }
 
-static void int8_rows(const Matrix *m, int block, int panel, int panels, const Operand *x, int first, int rows,
-                      float *out) {
-    const uint8_t *weights = matrix_tile(m, block, 0) + panel * PANEL_BYTES;
-    const uint16_t *scales = (const uint16_t *)(matrix_tile(m, block, 0) + PANELS * PANEL_BYTES) + panel * PANEL;
-    for (int r = 0; r < rows; r++) memset(out + r * BLOCK, 0, panels * PANEL * sizeof *out);
-    shape_tiles(0x07, rows < OPERAND_GROUP ? 2 * rows : HEIGHT);
-    if (panels == PANELS) {
-        int8_block(PANELS, m, weights, scales, x, first, rows, out);
-    } else {
-        for (int p = 0; p < panels; p++) {
-            int8_block(1, m, weights + p * PANEL_BYTES, scales + p * PANEL, x, first, rows, out + p * PANEL);
+/* out (rows, panels * 16) of row stride 64 = a group of up to 8 rows times 1 or 2 panels. A tile's sums are read back
+ * once the next tile's products have begun: loads cannot be served from tile stores still under way. */
+static inline __attribute__((always_inline)) void int8_group(const int panels, const int fresh, const Matrix *m,
+                                                             const uint8_t *weights, const uint16_t *scales,
+                                                             const Operand *x, int first, int rows, float *out) {
+    int32_t sums[2][HEIGHT * PAIR * PANEL] __attribute__((aligned(64)));
+    const int8_t *bytes = operand_high(x, first);
+    Totals totals;
+    UNROLL for (int r = 0; r < OPERAND_GROUP; r++) {
+        UNROLL for (int p = 0; p < PAIR; p++) totals.rows[r][p] = _mm512_setzero_ps();
+    }
+    for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, scales += m->tile_bytes / 2) {
+        _tile_loadd(2, bytes + t * INT8_GROUP, x->stride);
+        _tile_loadd(4, weights, 64);
+        _tile_loadd(0, ZEROS, 64);
+        _tile_dpbssd(0, 2, 4);
+        if (panels == PAIR) {
+            _tile_loadd(5, weights + PANEL_BYTES, 64);
+            _tile_loadd(1, ZEROS, 64);
+            _tile_dpbssd(1, 2, 5);
+        }
+        _tile_stored(0, sums[t % 2], PAIR * PANEL * sizeof **sums);
+        if (panels == PAIR) _tile_stored(1, sums[t % 2] + PANEL, PAIR * PANEL * sizeof **sums);
+        if (t == 0) continue;
+        const uint8_t *ahead = fresh ? weights + INT8_TILES_AHEAD * m->tile_bytes : NULL;
+        add_scaled(panels, &totals, sums[1 - t % 2], scales - m->tile_bytes / 2, ahead);
+    }
+    add_scaled(panels, &totals, sums[1 - m->tiles % 2], scales - m->tile_bytes / 2, NULL);
+    UNROLL for (int r = 0; r < OPERAND_GROUP; r++) {
+        if (r >= rows) continue;
+        __m512 scale = _mm512_set1_ps(x->scales[first + r]);
+        UNROLL for (int p = 0; p < panels; p++) {
+            _mm512_storeu_ps(out + r * BLOCK + p * PANEL, _mm512_mul_ps(totals.rows[r][p], scale));
         }
     }
-    for (int r = 0; r < rows; r++) {
-        for (int c = 0; c < panels * PANEL; c++) out[r * BLOCK + c] *= x->scales[first + r];
+}
+
+/* Rows times panels, all groups of rows on each pair of panels in turn: the first brings it into the cache. */
+static void int8_groups(const Matrix *m, const uint8_t *weights, const uint16_t *scales, int panels, const Operand *x,
+                        int first, int rows, float *out) {
+    for (int r = 0; r < rows; r += OPERAND_GROUP) {
+        int count = rows - r < OPERAND_GROUP ? rows - r : OPERAND_GROUP;
+        if (panels == 1) {
+            int8_group(1, 1, m, weights, scales, x, first + r, count, out + r * BLOCK);
+        } else if (r == 0) {
+            int8_group(PAIR, 1, m, weights, scales, x, first, count, out);
+        } else {
+            int8_group(PAIR, 0, m, weights, scales, x, first + r, count, out + r * BLOCK);
+        }
     }
 }
+
+#define VNNI_MAX_ROWS 2 /* the same integers, without the tiles' way through memory: up to here memory is the limit */
 
 void multiply_int8_amx(const Matrix *m, int block, int panel, int panels, const Operand *x, int first, int rows,
                        float *tile) {
-    int full = rows / OPERAND_GROUP * OPERAND_GROUP;
-    if (rows == 1) { /* the same integers, without the tiles' way through memory */
+    if (rows <= VNNI_MAX_ROWS) {
         multiply_int8_vnni(m, block, panel, panels, x, first, rows, tile);
         return;
     }
-    if (full > 0) int8_rows(m, block, panel, panels, x, first, full, tile + panel * PANEL);
-    if (full < rows) {
-        int8_rows(m, block, panel, panels, x, first + full, rows - full, tile + full * BLOCK + panel * PANEL);
+    shape_tiles(0, 0);
+    for (int p = panel; p < panel + panels; p += PAIR) {
+        const uint8_t *base = matrix_tile(m, block, 0);
+        const uint16_t *scales = (const uint16_t *)(base + PANELS * PANEL_BYTES) + p * PANEL;
+        int count = panel + panels - p < PAIR ? panel + panels - p : PAIR;
+        int8_groups(m, base + p * PANEL_BYTES, scales, count, x, first, rows, tile + p * PANEL);
     }
 }
 

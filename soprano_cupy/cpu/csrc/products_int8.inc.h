@@ -1,7 +1,7 @@
 /* Products of int8 weights with rows of 15-bit integers: exact in 32 bits inside a group of 64 inputs, then
  * scaled and summed in float32 group after group. The integers are the same on every instruction set.
  *
- * |X| <= 16383 and a weight byte is at most 255: 64 products stay below 2^28. */
+ * |X| <= 16383 and a weight byte is at most 127: 64 products stay below 2^27. */
 
 /* Lanes of two 16-bit products added, a.low b.low + a.high b.high. */
 INLINE vi v_madd16(vi a, vi b) {
@@ -44,9 +44,9 @@ INLINE vf v_scales(const uint8_t *tile, int panel, int v) {
     return v_widen((const uint16_t *)(tile + PANELS * PANEL_BYTES) + panel * PANEL + v * VEC_FLOATS);
 }
 
-/* out += scale * (sum of X * byte - 128 * sum of X) for one tile. x: (rows, stride) words. */
+/* out += scale * sum of X * byte for one tile. x: (rows, stride) words. */
 INLINE void int8_block(const int rows, const int panels, const uint8_t *tile, int panel, const int16_t *x,
-                       ptrdiff_t x_stride, const int32_t *offsets, ptrdiff_t offset_stride, float *out) {
+                       ptrdiff_t x_stride, float *out) {
     vi sums[INT8_ROWS][INT8_PANELS * PANEL_VECTORS];
     UNROLL for (int r = 0; r < rows; r++) {
         UNROLL for (int v = 0; v < panels * PANEL_VECTORS; v++) sums[r][v] = v_set_int(0);
@@ -61,7 +61,8 @@ INLINE void int8_block(const int rows, const int panels, const uint8_t *tile, in
             }
             memcpy(&bytes, weights + v / PANEL_VECTORS * PANEL_BYTES + k * PANEL * 4 + v % PANEL_VECTORS * sizeof bytes,
                    sizeof bytes);
-            vi even = bytes & 0x00ff00ff, odd = (vi)((vu)bytes >> 8) & 0x00ff00ff;
+            vs halves = (vs)bytes; /* 16-bit lanes: inputs 0 and 2 in the low bytes, 1 and 3 in the high ones */
+            vi even = (vi)((halves << 8) >> 8), odd = (vi)(halves >> 8);
             UNROLL for (int r = 0; r < rows; r++) {
                 int32_t pairs[2];
                 memcpy(pairs, x + r * x_stride + 4 * k, sizeof pairs);
@@ -72,19 +73,18 @@ INLINE void int8_block(const int rows, const int panels, const uint8_t *tile, in
     UNROLL for (int r = 0; r < rows; r++) {
         UNROLL for (int v = 0; v < panels * PANEL_VECTORS; v++) {
             float *target = out + r * BLOCK + v * VEC_FLOATS;
-            vf value = __builtin_convertvector(sums[r][v] - offsets[r * offset_stride], vf);
+            vf value = __builtin_convertvector(sums[r][v], vf);
             vf scale = v_scales(tile, panel + v / PANEL_VECTORS, v % PANEL_VECTORS);
             v_store(target, v_multiply_add(value, scale, v_load(target)));
         }
     }
 }
 
-#define INT8_CASE(count)                                                                                              \
-    case count:                                                                                                       \
-        for (; p + INT8_PANELS <= panels; p += INT8_PANELS)                                                           \
-            int8_block(count, INT8_PANELS, weights, panel + p, words, x->stride, offsets, x->tiles, out + p * PANEL); \
-        for (; p < panels; p++)                                                                                       \
-            int8_block(count, 1, weights, panel + p, words, x->stride, offsets, x->tiles, out + p * PANEL);           \
+#define INT8_CASE(count)                                                                                     \
+    case count:                                                                                              \
+        for (; p + INT8_PANELS <= panels; p += INT8_PANELS)                                                  \
+            int8_block(count, INT8_PANELS, weights, panel + p, words, x->stride, out + p * PANEL);           \
+        for (; p < panels; p++) int8_block(count, 1, weights, panel + p, words, x->stride, out + p * PANEL); \
         break;
 
 /* The sums of a tile's products begin at zero and end scaled by their row. */
@@ -108,7 +108,6 @@ static void multiply_int8(const Matrix *m, int block, int panel, int panels, con
         for (int t = 0; t < m->tiles; t++) {
             const uint8_t *weights = matrix_tile(m, block, t);
             const int16_t *words = x->words + (size_t)(first + r) * x->stride + t * INT8_GROUP;
-            const int32_t *offsets = x->sums + (size_t)(first + r) * x->tiles + t;
             int p = 0;
             switch (count) {
                 INT8_CASE(1)
@@ -151,22 +150,16 @@ static float row_magnitude(const float *row, int count) {
 /* What takes a row to 15 bits; rows too small to divide by count as zero, and NaN stays in the row's scale. */
 static float row_inverse(float magnitude) { return magnitude > 1e-30f ? INT15_LIMIT / magnitude : 0; }
 
-/* 64 values, zero-padded, as whole numbers X of 15 bits; returns 128 times their sum. */
-INLINE int32_t round_group(const float *row, int count, float inverse, int32_t whole[INT8_GROUP]) {
+/* 64 values, zero-padded, as whole numbers X of 15 bits. */
+INLINE void round_group(const float *row, int count, float inverse, int32_t whole[INT8_GROUP]) {
     float values[INT8_GROUP] = {0};
-    vu total = (vu)v_set_int(0);
     memcpy(values, row, (count < INT8_GROUP ? count : INT8_GROUP) * sizeof *row);
     for (int i = 0; i < INT8_GROUP; i += VEC_FLOATS) {
         vf scaled = v_load(values + i) * inverse;
         ROUNDED(scaled);
         vi x = __builtin_convertvector(v_round(scaled), vi);
         memcpy(whole + i, &x, sizeof x);
-        total += (vu)x;
     }
-    uint32_t lanes[VEC_FLOATS], sum = 0; /* may wrap around for a row of NaN, which its scale makes NaN again */
-    memcpy(lanes, &total, sizeof lanes);
-    for (int lane = 0; lane < VEC_FLOATS; lane++) sum += lanes[lane];
-    return (int32_t)(128 * sum);
 }
 
 /* Row r of an operand as words, inputs 0 2 1 3 of every four: even and odd bytes are multiplied apart. */
@@ -177,7 +170,7 @@ static void prepare_words(const float *row, int inputs, Operand *x, int r) {
     for (int t = 0; t < x->tiles; t++) {
         int32_t whole[INT8_GROUP];
         int16_t *words = x->words + (size_t)r * x->stride + t * INT8_GROUP;
-        x->sums[(size_t)r * x->tiles + t] = round_group(row + t * INT8_GROUP, inputs - t * INT8_GROUP, inverse, whole);
+        round_group(row + t * INT8_GROUP, inputs - t * INT8_GROUP, inverse, whole);
         for (int i = 0; i < INT8_GROUP; i += 4) {
             words[i] = (int16_t)whole[i];
             words[i + 1] = (int16_t)whole[i + 2];

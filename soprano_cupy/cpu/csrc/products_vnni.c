@@ -1,5 +1,5 @@
-/* int8 products by AVX-512 VNNI: unsigned weight bytes times the signed high and low bytes of the rows, 64 products
- * an instruction. The integers, and so the results, are those of every other instruction set. */
+/* int8 products by AVX-512 VNNI: unsigned bytes times signed ones, 64 products an instruction. The weights become
+ * unsigned by adding 128, which 128 times the sum of the rows takes out again. The integers, and so the results, are those of every other instruction set. */
 #if defined(__x86_64__)
 #include "products_vnni.h"
 
@@ -18,19 +18,22 @@ static inline __attribute__((always_inline)) __m512i broadcast_word(const int8_t
     return _mm512_set1_epi32(word);
 }
 
-/* out += scale * (sum of X * byte - 128 * sum of X), 128 high + low = X, for one tile. */
+/* out += scale * (sum of X * (byte + 128) - offset), 128 high + low = X, for one tile. */
 static inline __attribute__((always_inline)) void vnni_block(const int rows, const int panels, const uint8_t *weights,
                                                              const uint16_t *scales, const int8_t *const high[],
                                                              const int8_t *const low[], const int32_t offsets[],
                                                              float *out) {
     __m512i high_sums[VNNI_ROWS][PANELS], low_sums[VNNI_ROWS][PANELS];
     UNROLL for (int r = 0; r < rows; r++) {
-        UNROLL for (int p = 0; p < panels; p++) high_sums[r][p] = low_sums[r][p] = _mm512_setzero_si512();
+        UNROLL for (int p = 0; p < panels; p++) {
+            high_sums[r][p] = _mm512_setzero_si512();
+            low_sums[r][p] = _mm512_set1_epi32(-offsets[r]);
+        }
     }
     for (int k = 0; k < WORDS; k++) {
         UNROLL for (int p = 0; p < panels; p++) {
             const uint8_t *word = weights + p * PANEL_BYTES + k * 64;
-            __m512i w = _mm512_load_si512(word);
+            __m512i w = _mm512_xor_si512(_mm512_load_si512(word), _mm512_set1_epi8(-128));
             __builtin_prefetch(word + TILES_AHEAD * INT8_TILE_BYTES);
             UNROLL for (int r = 0; r < rows; r++) {
                 high_sums[r][p] = _mm512_dpbusd_epi32(high_sums[r][p], w, broadcast_word(high[r] + 4 * k));
@@ -44,7 +47,7 @@ static inline __attribute__((always_inline)) void vnni_block(const int rows, con
         UNROLL for (int r = 0; r < rows; r++) {
             float *target = out + r * BLOCK + p * PANEL;
             __m512i sum = _mm512_add_epi32(_mm512_slli_epi32(high_sums[r][p], 7), low_sums[r][p]);
-            __m512 value = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum, _mm512_set1_epi32(offsets[r])));
+            __m512 value = _mm512_cvtepi32_ps(sum);
             _mm512_storeu_ps(target, _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(target)));
         }
     }
@@ -63,7 +66,7 @@ void multiply_int8_vnni(const Matrix *m, int block, int panel, int panels, const
             int32_t offsets[VNNI_ROWS] = {0};
             for (int i = 0; i < count; i++) {
                 high[i] = operand_high(x, first + r + i) + t * INT8_GROUP;
-                low[i] = high[i] + operand_low_offset(x, first + r + i);
+                low[i] = high[i] + operand_low_offset(x);
                 offsets[i] = x->sums[(size_t)(first + r + i) * x->tiles + t];
             }
             if (panels == PANELS && count == 2) {

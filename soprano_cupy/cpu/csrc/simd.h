@@ -20,6 +20,7 @@
 typedef float vf __attribute__((vector_size(4 * VEC_FLOATS)));
 typedef int32_t vi __attribute__((vector_size(4 * VEC_FLOATS)));
 typedef uint32_t vu __attribute__((vector_size(4 * VEC_FLOATS)));
+typedef int16_t vs __attribute__((vector_size(4 * VEC_FLOATS)));
 typedef uint16_t vh __attribute__((vector_size(2 * VEC_FLOATS)));
 
 INLINE vf v_load(const float *p) {
