@@ -53,7 +53,7 @@ def test_table() -> None:
     result = run("bench", "--batch", "1")
     assert result.code == 0
     assert len(result.text.splitlines()) == 5
-    assert "standard attention" in result.only_line
+    assert "bfloat16, flash attention" in result.only_line
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "5000"])

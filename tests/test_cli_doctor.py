@@ -43,7 +43,7 @@ def test_a_healthy_machine(voice: Path) -> None:
     assert found["NumPy"] == ("ok", np.__version__)
     assert found["would use"] == ("ok", f"{voice}: named by SOPRANO_MODEL, a folder")
     assert found["device"] == ("ok", "cpu: asked for")
-    assert found["attention"][1].startswith("standard, weights float32: ")
+    assert found["attention"][1].startswith("flash, weights bfloat16: compiled engine, by default")
     assert found["speech"][0] == "ok"
     assert list(found)[-1] == "speech"
     assert "!!" not in [state for state, _ in found.values()]

@@ -173,7 +173,7 @@ def test_verbose_tells_what_is_used_and_why(tmp_path: Path, voice: Path) -> None
     lines = dict(line.split(None, 1) for line in result.err.splitlines())
     assert lines["voice"].startswith(f"{voice}: named by SOPRANO_MODEL")
     assert lines["device"] == "cpu: asked for"
-    assert lines["attention"].startswith("standard, weights float32: ")
+    assert lines["attention"].startswith("flash, weights bfloat16: compiled engine, by default")
     assert lines["text"].endswith(" ms")
     assert "tokens/s" in lines["language"]
     assert lines["first"].startswith("sound after ")
