@@ -116,6 +116,16 @@ def test_int8_keeps_weights_to_half_a_step(isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_int8_weights_too_small_to_scale_are_zero(isa: str) -> None:
+    weights = np.full((3, 64), 1e-38, np.float32)
+    weights[1] = 0
+    weights[2, 5] = 1e-20
+    back = _engine.PackedMatrix(weights, "int8", isa).multiply(np.eye(64, dtype=np.float32)).T
+    np.testing.assert_array_equal(back[:2], 0)
+    assert back[2, 5] == pytest.approx(1e-20, rel=1e-2)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 def test_int8_rows_of_extreme_values(isa: str) -> None:
     weights = random(20, 70)
     matrix = _engine.PackedMatrix(weights, "int8", isa)

@@ -25,10 +25,11 @@ cdef extern from "matrix.h" nogil:
 
     Matrix matrix_shape(int dtype, int outputs, int inputs)
     size_t matrix_bytes(const Matrix *m)
-    void matrix_pack(Matrix *m, const Source *sources, int count)
+    void matrix_pack(const Kernels *kernels, Matrix *m, const Source *sources, int count)
 
 
 cdef extern from "arena.h" nogil:
+    void return_freed_memory()
     void *map_memory(size_t bytes, int huge)
     void unmap_memory(void *memory, size_t bytes)
 

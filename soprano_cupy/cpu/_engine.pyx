@@ -22,6 +22,11 @@ def set_threads(int threads):
     return team_resize(threads)
 
 
+def trim_memory():
+    """Give what was freed back to the system: reading a checkpoint leaves megabytes that nothing needs any more."""
+    return_freed_memory()
+
+
 def get_threads():
     """Threads that compute."""
     return team_size()
@@ -46,7 +51,7 @@ cdef int source_dtype(array) except -1:
     raise ParameterError(f"weights must be float32 or bfloat16 bits (uint16), not {array.dtype}")
 
 
-cdef pack(Matrix *m, parts):
+cdef pack(const Kernels *kernels, Matrix *m, parts):
     """Pack (array, first output, interleave) parts into a matrix."""
     cdef Source sources[4]
     cdef int count = len(parts), i
@@ -59,7 +64,7 @@ cdef pack(Matrix *m, parts):
         view = array.reshape(-1).view(np.uint8)
         sources[i] = Source(&view[0], source_dtype(array), array.shape[0], first, interleave)
     with nogil:
-        matrix_pack(m, sources, count)
+        matrix_pack(kernels, m, sources, count)
 
 
 cdef class PackedMatrix:
@@ -74,7 +79,7 @@ cdef class PackedMatrix:
         self.matrix.data = <uint8_t *>map_memory(matrix_bytes(&self.matrix), 0)
         if self.matrix.data == NULL:
             raise MemoryError
-        pack(&self.matrix, [(weights, 0, 0)])
+        pack(self.kernels, &self.matrix, [(weights, 0, 0)])
 
     def __dealloc__(self):
         unmap_memory(self.matrix.data, matrix_bytes(&self.matrix))
@@ -131,16 +136,17 @@ cdef class Model:
     """A language model whose weights are handed over one by one."""
 
     cdef LanguageModel *model
+    cdef const Kernels *kernels
     cdef readonly str isa
 
     def __cinit__(self, config, dtype, embedding_dtype, isa=None):
-        cdef const Kernels *kernels = find_kernels(isa)
+        self.kernels = find_kernels(isa)
         cdef ModelSizes sizes = ModelSizes(
             config.vocab_size, config.hidden_size, config.num_layers, config.num_heads, config.num_kv_heads,
             config.head_dim, config.intermediate_size, config.rms_norm_eps,
         )
-        self.isa = kernels.name.decode()
-        self.model = model_create(kernels, &sizes, DTYPES[dtype], DTYPES[embedding_dtype])
+        self.isa = self.kernels.name.decode()
+        self.model = model_create(self.kernels, &sizes, DTYPES[dtype], DTYPES[embedding_dtype])
         if self.model == NULL:
             raise MemoryError
 
@@ -167,13 +173,13 @@ cdef class Model:
 
     def set_attention(self, int layer, q, k, v, o):
         cdef Layer *target = &self.model.layers[self._check_layer(layer)]
-        pack(&target.qkv, [(q, 0, 0), (k, q.shape[0], 0), (v, q.shape[0] + k.shape[0], 0)])
-        pack(&target.o, [(o, 0, 0)])
+        pack(self.kernels, &target.qkv, [(q, 0, 0), (k, q.shape[0], 0), (v, q.shape[0] + k.shape[0], 0)])
+        pack(self.kernels, &target.o, [(o, 0, 0)])
 
     def set_mlp(self, int layer, gate, up, down):
         cdef Layer *target = &self.model.layers[self._check_layer(layer)]
-        pack(&target.gate_up, [(gate, 0, 1), (up, 16, 1)])
-        pack(&target.down, [(down, 0, 0)])
+        pack(self.kernels, &target.gate_up, [(gate, 0, 1), (up, 16, 1)])
+        pack(self.kernels, &target.down, [(down, 0, 0)])
 
     def set_ends(self, embeddings, norm, head):
         """The embeddings (float32 or bfloat16 bits, as they are kept), the final norm and the output matrix."""
@@ -185,7 +191,7 @@ cdef class Model:
         bytes = embeddings.reshape(-1).view(np.uint8)
         memcpy(self.model.embeddings, &bytes[0], bytes.shape[0])
         copy_vector(self.model.norm, self.model.sizes.hidden, norm)
-        pack(&self.model.head, [(head, 0, 0)])
+        pack(self.kernels, &self.model.head, [(head, 0, 0)])
 
     def set_angles(self, angles):
         """Rotary angles (positions, head_dim) float32: cosines, then sines."""
@@ -254,16 +260,17 @@ cdef class VocosModel:
     """A decoder whose weights are handed over one by one."""
 
     cdef Decoder *decoder
+    cdef const Kernels *kernels
     cdef readonly str isa
 
     def __cinit__(self, config, dtype, outer_dtype, isa=None):
-        cdef const Kernels *kernels = find_kernels(isa)
+        self.kernels = find_kernels(isa)
         cdef DecoderSizes sizes = DecoderSizes(
             config.input_size, config.dim, config.intermediate_size, config.num_blocks, config.embed_kernel,
             config.block_kernel, config.hop_length, config.frames_per_token,
         )
-        self.isa = kernels.name.decode()
-        self.decoder = decoder_create(kernels, &sizes, DTYPES[dtype], DTYPES[outer_dtype])
+        self.isa = self.kernels.name.decode()
+        self.decoder = decoder_create(self.kernels, &sizes, DTYPES[dtype], DTYPES[outer_dtype])
         if self.decoder == NULL:
             raise MemoryError
 
@@ -283,7 +290,7 @@ cdef class VocosModel:
     def set_embedding(self, taps, bias, norm, norm_bias):
         """taps: (taps * dim, input), tap after tap."""
         cdef int dim = self.decoder.sizes.dim
-        pack(&self.decoder.embed, [(taps, 0, 0)])
+        pack(self.kernels, &self.decoder.embed, [(taps, 0, 0)])
         copy_vector(self.decoder.embed_bias, dim, bias)
         copy_vector(self.decoder.norm, dim, norm)
         copy_vector(self.decoder.norm_bias, dim, norm_bias)
@@ -300,8 +307,8 @@ cdef class VocosModel:
     def set_mlp(self, int index, expand, expand_bias, contract, contract_bias, gamma):
         cdef int dim = self.decoder.sizes.dim
         cdef Block *block = &self.decoder.blocks[self._check_block(index)]
-        pack(&block.expand, [(expand, 0, 0)])
-        pack(&block.contract, [(contract, 0, 0)])
+        pack(self.kernels, &block.expand, [(expand, 0, 0)])
+        pack(self.kernels, &block.contract, [(contract, 0, 0)])
         copy_vector(block.expand_bias, self.decoder.sizes.inner, expand_bias)
         copy_vector(block.contract_bias, dim, contract_bias)
         copy_vector(block.gamma, dim, gamma)
@@ -309,7 +316,7 @@ cdef class VocosModel:
     def set_head(self, norm, norm_bias, head, bias):
         copy_vector(self.decoder.final_norm, self.decoder.sizes.dim, norm)
         copy_vector(self.decoder.final_norm_bias, self.decoder.sizes.dim, norm_bias)
-        pack(&self.decoder.head, [(head, 0, 0)])
+        pack(self.kernels, &self.decoder.head, [(head, 0, 0)])
         copy_vector(self.decoder.head_bias, self.decoder.head.outputs, bias)
 
     def set_window(self, window):

@@ -116,6 +116,7 @@ def _pack(file: TensorFile, config: ModelConfig, dtype: str, isa: str) -> _engin
             _matrix(file, mlp + "down_proj.weight", hidden, inner),
         )
     file.finish()
+    _engine.trim_memory()
     return model
 
 

@@ -99,6 +99,7 @@ def _pack(file: TensorFile, config: DecoderConfig, dtype: str, isa: str) -> _eng
     )
     model.set_window(stored_window(file, config.n_fft))
     file.finish()
+    _engine.trim_memory()
     return model
 
 

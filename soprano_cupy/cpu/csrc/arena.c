@@ -1,7 +1,11 @@
 #define _GNU_SOURCE
 #include "arena.h"
 
+#include <stdlib.h>
 #include <sys/mman.h>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #define HUGE_PAGE ((size_t)2 << 20)
 
@@ -20,4 +24,10 @@ void unmap_memory(void *memory, size_t bytes) {
     if (!memory) return;
     ASAN_UNPOISON_MEMORY_REGION(memory, bytes);
     munmap(memory, mapped_bytes(bytes));
+}
+
+void return_freed_memory(void) {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
 }

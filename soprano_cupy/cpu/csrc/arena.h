@@ -20,6 +20,9 @@
 void *map_memory(size_t bytes, int huge);
 void unmap_memory(void *memory, size_t bytes);
 
+/* Hand back what malloc keeps of freed memory, where it can be asked to. */
+void return_freed_memory(void);
+
 /* A run of memory handed out from front to back, each piece 64-byte aligned. With `memory` NULL it only counts, so
  * one function lays out a structure twice: to learn its size, then for good. */
 typedef struct Arena {

@@ -22,6 +22,8 @@ typedef struct Kernels {
     void (*enter)(void);
     void (*leave)(void);
 
+    /* `count` inputs of one output's row, from `first` on, as a tile's words; returns the scale of int8. */
+    uint16_t (*encode_words)(int dtype, const void *row, int row_dtype, int first, int count, uint32_t words[WORDS]);
     /* Convert `inputs` values of one row into row r of an operand, by the operand's dtype. */
     void (*prepare[DTYPES])(const float *row, int inputs, Operand *x, int r);
     /* tile (rows, 64) = rows first, ... of x times `panels` panels from `panel` on of a block; rows <= TILE_ROWS. */

@@ -1,10 +1,6 @@
 #include "matrix.h"
 
-#include <math.h>
-#include <string.h>
-
-#include "bfloat16.h"
-#include "target.h"
+#include "kernels.h"
 #include "team.h"
 
 Matrix matrix_shape(int dtype, int outputs, int inputs) {
@@ -49,6 +45,7 @@ void operand_place(Operand *x, int dtype, int rows, int inputs, void *memory) {
 /* ---- packing ---- */
 
 typedef struct Packing {
+    const Kernels *kernels;
     Matrix *matrix;
     const Source *sources;
     int count;
@@ -71,52 +68,8 @@ static const void *source_row(const Packing *packing, int output, int *dtype) {
     return NULL;
 }
 
-/* `count` values from input `first` on as float32, zero-padded to `depth`. */
-static void read_values(const void *row, int dtype, int first, int count, int depth, float *values) {
-    memset(values, 0, depth * sizeof *values);
-    if (row == NULL) return;
-    if (dtype == FLOAT32) {
-        memcpy(values, (const float *)row + first, count * sizeof *values);
-        return;
-    }
-    const uint16_t *bits = (const uint16_t *)row + first;
-    for (int i = 0; i < count; i++) values[i] = bfloat16_value(bits[i]);
-}
-
-/* 64 values to bytes and their scale: the largest maps to 127, none is clipped. */
-static uint16_t quantise(const float values[INT8_GROUP], uint8_t bytes[INT8_GROUP]) {
-    float largest = 0;
-    for (int i = 0; i < INT8_GROUP; i++) {
-        float magnitude = fabsf(values[i]);
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    uint16_t scale = bfloat16_above(largest / 127.0f);
-    float inverse = largest > 0 ? 1.0f / bfloat16_value(scale) : 0;
-    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number in the low bits */
-    for (int i = 0; i < INT8_GROUP; i++) {
-        float scaled = values[i] * inverse;
-        ROUNDED(scaled);
-        float shifted = scaled + magic;
-        int32_t word;
-        memcpy(&word, &shifted, sizeof word);
-        bytes[i] = (uint8_t)word;
-    }
-    return scale;
-}
-
-/* One row's share of a tile as 16 words; returns its scale for int8. */
-static uint16_t encode(int dtype, const float *values, uint32_t words[WORDS]) {
-    if (dtype == INT8) return quantise(values, (uint8_t *)words);
-    if (dtype == FLOAT32) {
-        memcpy(words, values, WORDS * sizeof *words);
-        return 0;
-    }
-    uint16_t *bits = (uint16_t *)words;
-    for (int i = 0; i < 2 * WORDS; i++) bits[i] = bfloat16_nearest(values[i]);
-    return 0;
-}
-
-static void pack_tile(const Matrix *m, int panel, int tile, const void *rows[PANEL], const int dtypes[PANEL]) {
+static void pack_tile(const Packing *packing, int panel, int tile, const void *rows[PANEL], const int dtypes[PANEL]) {
+    const Matrix *m = packing->matrix;
     int depth = tile_depth(m->dtype), first = tile * depth;
     int count = m->inputs - first < depth ? m->inputs - first : depth;
     uint8_t *base = (uint8_t *)matrix_tile(m, panel / PANELS, tile);
@@ -124,9 +77,7 @@ static void pack_tile(const Matrix *m, int panel, int tile, const void *rows[PAN
     uint16_t *scales = (uint16_t *)(base + PANELS * PANEL_BYTES) + panel % PANELS * PANEL;
     uint32_t words[PANEL][WORDS];
     for (int n = 0; n < PANEL; n++) {
-        float values[INT8_GROUP];
-        read_values(rows[n], dtypes[n], first, count, depth, values);
-        uint16_t scale = encode(m->dtype, values, words[n]);
+        uint16_t scale = packing->kernels->encode_words(m->dtype, rows[n], dtypes[n], first, count, words[n]);
         if (m->dtype == INT8) scales[n] = scale;
     }
     for (int k = 0; k < WORDS; k++) {
@@ -142,11 +93,11 @@ static void pack_panels(Team *team, int member, void *argument) {
         const void *rows[PANEL];
         int dtypes[PANEL] = {0};
         for (int n = 0; n < PANEL; n++) rows[n] = source_row(packing, panel * PANEL + n, &dtypes[n]);
-        for (int tile = 0; tile < m->tiles; tile++) pack_tile(m, panel, tile, rows, dtypes);
+        for (int tile = 0; tile < m->tiles; tile++) pack_tile(packing, panel, tile, rows, dtypes);
     }
 }
 
-void matrix_pack(Matrix *m, const Source *sources, int count) {
-    Packing packing = {m, sources, count};
+void matrix_pack(const Kernels *kernels, Matrix *m, const Source *sources, int count) {
+    Packing packing = {kernels, m, sources, count};
     team_run(pack_panels, &packing);
 }

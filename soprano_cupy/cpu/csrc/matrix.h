@@ -98,6 +98,7 @@ typedef struct Source {
 } Source;
 
 /* Convert and lay out all sources, on the team; outputs that no source covers become zero. */
-void matrix_pack(Matrix *m, const Source *sources, int count);
+struct Kernels;
+void matrix_pack(const struct Kernels *kernels, Matrix *m, const Source *sources, int count);
 
 #endif
