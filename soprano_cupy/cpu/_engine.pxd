@@ -121,7 +121,7 @@ cdef extern from "decoder.h" nogil:
     ctypedef struct Voice:
         pass
 
-    Decoder *decoder_create(const Kernels *kernels, const DecoderSizes *sizes, int dtype, int outer_dtype)
+    Decoder *decoder_create(const Kernels *kernels, const DecoderSizes *sizes, int dtype)
     void decoder_set_window(Decoder *decoder, const double *window)
     void decoder_free(Decoder *decoder)
     int voice_create(Voice *voice, const Decoder *decoder)

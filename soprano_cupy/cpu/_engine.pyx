@@ -263,14 +263,14 @@ cdef class VocosModel:
     cdef const Kernels *kernels
     cdef readonly str isa
 
-    def __cinit__(self, config, dtype, outer_dtype, isa=None):
+    def __cinit__(self, config, dtype, isa=None):
         self.kernels = find_kernels(isa)
         cdef DecoderSizes sizes = DecoderSizes(
             config.input_size, config.dim, config.intermediate_size, config.num_blocks, config.embed_kernel,
             config.block_kernel, config.hop_length, config.frames_per_token,
         )
         self.isa = self.kernels.name.decode()
-        self.decoder = decoder_create(self.kernels, &sizes, DTYPES[dtype], DTYPES[outer_dtype])
+        self.decoder = decoder_create(self.kernels, &sizes, DTYPES[dtype])
         if self.decoder == NULL:
             raise MemoryError
 
@@ -346,6 +346,10 @@ cdef class Utterance:
 
     def __dealloc__(self):
         voice_free(&self.voice)
+
+    def samples(self, int states, *, finish=False):
+        """How many samples so many further states would make final."""
+        return voice_samples(&self.voice, states, finish)
 
     def push(self, states, *, finish):
         """Take (n, input) float32 states; return the samples that are final now. `finish`: these are the last."""

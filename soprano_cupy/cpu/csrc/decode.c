@@ -29,9 +29,7 @@ static void place_buffers(const Decoder *d, DecoderBuffers *b, Arena *arena) {
     b->expanded = arena_floats(arena, frames * padded_inner(s));
     b->heads = arena_floats(arena, frames * (length + 2));
     b->windowed = arena_floats(arena, (PARTS - 1 + frames) * length);
-    size_t outer = operand_bytes(d->outer_dtype, frames, widest_row(s)),
-           blocks = operand_bytes(d->dtype, frames, s->dim);
-    b->operands[0] = arena_take(arena, outer > blocks ? outer : blocks);
+    b->operands[0] = arena_take(arena, operand_bytes(d->dtype, frames, widest_row(s)));
     b->operands[1] = arena_take(arena, operand_bytes(d->dtype, frames, s->inner));
     for (int i = 0; i < TEAM_MAX_THREADS; i++) {
         b->members[i].row = arena_floats(arena, widest_row(s));
@@ -122,9 +120,9 @@ static void embed_tokens(const Pass *p) {
         team_barrier(p->team);
         return;
     }
-    operand_place(&x, p->d->outer_dtype, piece->tokens, s->input, p->b->operands[0]);
+    operand_place(&x, p->d->dtype, piece->tokens, s->input, p->b->operands[0]);
     for (int r; (r = team_take(p->team, piece->tokens)) >= 0;) {
-        p->d->kernels->prepare[p->d->outer_dtype](piece->states + (size_t)r * s->input, s->input, &x, r);
+        p->d->kernels->prepare[p->d->dtype](piece->states + (size_t)r * s->input, s->input, &x, r);
     }
     team_barrier(p->team);
     Product product = {.matrix = &p->d->embed, .x = &x, .out = p->b->embedded + kept * width, .stride = width};
@@ -221,11 +219,11 @@ static void synthesise(const Pass *p) {
         team_barrier(p->team);
         return;
     }
-    operand_place(&x, p->d->outer_dtype, count, s->dim, p->b->operands[0]);
+    operand_place(&x, p->d->dtype, count, s->dim, p->b->operands[0]);
     for (int r; (r = team_take(p->team, count)) >= 0;) {
         k->layer_norm(frames + (size_t)r * s->dim, p->d->final_norm, p->d->final_norm_bias, LAYER_NORM_EPS, s->dim,
                       row);
-        k->prepare[p->d->outer_dtype](row, s->dim, &x, r);
+        k->prepare[p->d->dtype](row, s->dim, &x, r);
     }
     team_barrier(p->team);
     multiply(p, &(Product){.matrix = &p->d->head,

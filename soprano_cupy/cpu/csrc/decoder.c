@@ -19,7 +19,7 @@ static Matrix place_matrix(Arena *arena, int dtype, int outputs, int inputs) {
 /* Lay all weights into the arena, or count their bytes. */
 static void place_weights(Decoder *d, Arena *arena) {
     const DecoderSizes *s = &d->sizes;
-    d->embed = place_matrix(arena, d->outer_dtype, s->embed_taps * s->dim, s->input);
+    d->embed = place_matrix(arena, d->dtype, s->embed_taps * s->dim, s->input);
     d->embed_bias = arena_floats(arena, s->dim);
     d->norm = arena_floats(arena, s->dim);
     d->norm_bias = arena_floats(arena, s->dim);
@@ -37,7 +37,7 @@ static void place_weights(Decoder *d, Arena *arena) {
     }
     d->final_norm = arena_floats(arena, s->dim);
     d->final_norm_bias = arena_floats(arena, s->dim);
-    d->head = place_matrix(arena, d->outer_dtype, 2 * bins_of(s), s->dim);
+    d->head = place_matrix(arena, d->dtype, 2 * bins_of(s), s->dim);
     d->head_bias = arena_floats(arena, 2 * bins_of(s));
     d->window = arena_floats(arena, PARTS * s->hop);
     for (int i = 0; i < 4; i++) d->envelope[i] = arena_floats(arena, s->hop);
@@ -60,13 +60,12 @@ void decoder_set_window(Decoder *d, const double *window) {
     }
 }
 
-Decoder *decoder_create(const Kernels *kernels, const DecoderSizes *sizes, int dtype, int outer_dtype) {
+Decoder *decoder_create(const Kernels *kernels, const DecoderSizes *sizes, int dtype) {
     Decoder *d = calloc(1, sizeof *d);
     if (!d) return NULL;
     d->kernels = kernels;
     d->sizes = *sizes;
     d->dtype = dtype;
-    d->outer_dtype = outer_dtype;
     d->blocks = calloc(sizes->blocks, sizeof *d->blocks);
     if (!d->blocks || fft_plan(&d->fft, PARTS * sizes->hop)) {
         decoder_free(d);

@@ -30,9 +30,8 @@ typedef struct Block {
 typedef struct Decoder {
     const Kernels *kernels;
     DecoderSizes sizes;
-    int dtype;       /* of the blocks' matrices */
-    int outer_dtype; /* of the embedding and the head */
-    Matrix embed;    /* embed_taps * dim outputs, tap after tap */
+    int dtype;    /* of the matrices */
+    Matrix embed; /* embed_taps * dim outputs, tap after tap */
     float *embed_bias, *norm, *norm_bias;
     Block *blocks;
     float *final_norm, *final_norm_bias;
@@ -56,7 +55,7 @@ typedef struct Voice {
     float *memory;
 } Voice;
 
-Decoder *decoder_create(const Kernels *kernels, const DecoderSizes *sizes, int dtype, int outer_dtype);
+Decoder *decoder_create(const Kernels *kernels, const DecoderSizes *sizes, int dtype);
 /* The synthesis window (4 hops,), and from it the envelopes that overlap-add divides by. */
 void decoder_set_window(Decoder *decoder, const double *window);
 void decoder_free(Decoder *decoder);
