@@ -129,7 +129,8 @@ def work_start(model: str, dtype: str) -> dict[str, Any]:
     """A fresh process: the first audio is told at once, resident memory after the sentence."""
     from soprano_cupy import SopranoTTS
 
-    chunks = SopranoTTS(model, device="cpu", dtype=dtype).infer_stream(TEXTS[0])
+    tts = SopranoTTS(model, device="cpu", dtype=dtype)
+    chunks = tts.infer_stream(TEXTS[0])
     next(chunks)
     print("audio", flush=True)
     for _, _ in zip(range(TOKENS), chunks, strict=False):
@@ -269,7 +270,7 @@ def run_worker(python: str, *arguments: str) -> tuple[dict[str, Any], float | No
     return json.loads(line), first
 
 
-def rows_of(options: argparse.Namespace, folder: str) -> tuple[list[Any], dict[str, float]]:
+def rows_of(options: argparse.Namespace, folder: str, starting: str) -> tuple[list[Any], dict[str, float]]:
     from benchmarks.common import Row
     from soprano_cupy.cpu.threads import wanted_threads
 
@@ -277,7 +278,7 @@ def rows_of(options: argparse.Namespace, folder: str) -> tuple[list[Any], dict[s
     arguments = json.dumps(batches), str(options.repeats)
     threads = wanted_threads()
     limits = {"threads": float(threads), "float32_matmul_gflop_s": matmul_gflop_s()}
-    peer, peer_memory, peer_start = measure_peer(options.peer, folder, arguments, options.repeats)
+    peer, peer_memory, peer_start = measure_peer(options.peer, folder, starting, arguments, options.repeats)
     rows: list[Row] = []
     for dtype in DTYPES:
         result, _ = run_worker(sys.executable, "ours", folder, dtype, *arguments)
@@ -298,7 +299,7 @@ def rows_of(options: argparse.Namespace, folder: str) -> tuple[list[Any], dict[s
         rows.append(Row(f"cpu/vocos/{dtype}", result["vocos"] * 1e3, "ms a token", options.repeats))
         first = named(peer.get("first_audio"), 1e3)
         rows.append(Row(f"cpu/first_audio/{dtype}", result["first_audio"] * 1e3, "ms", 2 * options.repeats, peer=first))
-        starts = [run_worker(sys.executable, "start", folder, dtype) for _ in range(options.repeats)]
+        starts = [run_worker(sys.executable, "start", starting, dtype) for _ in range(options.repeats)]
         memory = median(start[0]["resident_mb"] for start in starts)
         rows.append(Row(f"cpu/memory/{dtype}", memory, "MB", options.repeats, peer=named(peer_memory)))
         seconds = median(start[1] or 0.0 for start in starts)
@@ -311,7 +312,7 @@ def rows_of(options: argparse.Namespace, folder: str) -> tuple[list[Any], dict[s
 
 
 def measure_peer(
-    python: str | None, folder: str, arguments: tuple[str, str], repeats: int
+    python: str | None, folder: str, starting: str, arguments: tuple[str, str], repeats: int
 ) -> tuple[dict[str, Any], float | None, float | None]:
     """Speeds, resident megabytes and seconds to the first audio of the PyTorch package, where it is installed."""
     python = python or sys.executable
@@ -319,7 +320,7 @@ def measure_peer(
         print("the peer is not installed: pip install torch soprano-tts, or name a Python that has them with --peer")
         return {}, None, None
     result, _ = run_worker(python, "peer", folder, *arguments)
-    starts = [run_worker(python, "peer_start", folder) for _ in range(max(1, repeats // 2))]
+    starts = [run_worker(python, "peer_start", starting) for _ in range(max(1, repeats // 2))]
     return result, median(s[0]["resident_mb"] for s in starts), median(s[1] or 0.0 for s in starts)
 
 
@@ -327,15 +328,25 @@ def named(value: float | None, scale: float = 1.0) -> dict[str, float]:
     return {} if value is None else {"torch_float32": float(f"{value * scale:.5g}")}
 
 
-def checkpoint(named_model: str | None) -> Iterator[str]:
-    """The folder to measure: the one named, or a random one of the 80M shape that lasts as long as the run."""
+def checkpoints(named_model: str | None) -> Iterator[tuple[str, str]]:
+    """Folders to measure speed and start-up with: those named, or random ones that last as long as the run.
+
+    Sentences of the first never end before they are cut off; those of the second end after about 24 tokens, as the
+    PyTorch package speaks a sentence of its own when it starts.
+    """
     if named_model:
-        yield str(Path(named_model).resolve())
+        folder = str(Path(named_model).resolve())
+        yield folder, folder
         return
     from soprano_cupy.testing import SOPRANO_1_1_80M, make_checkpoint
 
-    with tempfile.TemporaryDirectory() as folder:
-        yield str(make_checkpoint(folder, config=SOPRANO_1_1_80M, mean_tokens=None))
+    with tempfile.TemporaryDirectory() as root:
+        folders = [Path(root) / "endless", Path(root) / "ending"]
+        for folder, tokens in zip(folders, (None, 24), strict=True):
+            make_checkpoint(folder, config=SOPRANO_1_1_80M, mean_tokens=tokens)
+            described = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[STOP]"}
+            (folder / "tokenizer_config.json").write_text(json.dumps(described))
+        yield str(folders[0]), str(folders[1])
 
 
 def main() -> None:
@@ -349,10 +360,10 @@ def main() -> None:
 
     from benchmarks.common import RESULTS, machine_facts, write_results
 
-    for folder in checkpoint(options.model):
+    for folder, starting in checkpoints(options.model):
         checks = check(folder)
         print(f"{checks} checks passed", flush=True)
-        rows, limits = rows_of(options, folder)
+        rows, limits = rows_of(options, folder, starting)
         for row in rows:
             print(f"{row.case:28} {row.value:9.4g} {row.unit:12} {row.share_of_limit or '':<8.3} {row.peer or ''}")
         out = options.out or RESULTS / "cpu-runtime.json"

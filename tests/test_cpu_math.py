@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from soprano_cupy.cpu._math import gelu
 
+from soprano_cupy.cpu._math import gelu
 from soprano_cupy.errors import ParameterError
 
 
