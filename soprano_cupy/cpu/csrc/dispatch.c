@@ -1,5 +1,6 @@
 #define _GNU_SOURCE
 #include "kernels.h"
+#include "products_amx.h"
 
 #include <string.h>
 #if defined(__x86_64__)
@@ -19,6 +20,7 @@ static int has_avx512(void) {
 
 static int has_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
+#if AMX_COMPILER
 /* The instructions (CPUID leaf 7: tiles, int8, bfloat16), and the kernel's leave to use their 8 KB of state. */
 static int has_amx(void) {
     const unsigned needed = 1u << 24 | 1u << 25 | 1u << 22;
@@ -27,6 +29,7 @@ static int has_amx(void) {
     if (!has_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & needed) != needed) return 0;
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
+#endif
 
 static const struct {
     const Kernels *kernels;
@@ -35,7 +38,9 @@ static const struct {
     {&kernels_avx2, has_avx2},
     {&kernels_avx512, has_avx512},
     {&kernels_vnni, has_vnni},
+#if AMX_COMPILER
     {&kernels_amx, has_amx},
+#endif
 };
 #define TABLE_COUNT (int)(sizeof TABLES / sizeof *TABLES)
 

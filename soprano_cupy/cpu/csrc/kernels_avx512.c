@@ -67,6 +67,7 @@ const Kernels kernels_vnni = {
     COMMON_KERNELS,
 };
 
+#if AMX_COMPILER
 const Kernels kernels_amx = {
     .name = "amx",
     .enter = enter_nothing,
@@ -75,6 +76,7 @@ const Kernels kernels_amx = {
     .multiply = {multiply_float32, multiply_bfloat16_amx, multiply_int8_amx},
     COMMON_KERNELS,
 };
+#endif
 
 TARGET_END
 #endif

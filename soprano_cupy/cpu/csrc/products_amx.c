@@ -2,8 +2,9 @@
  *
  * A panel of a tile is exactly what TILELOADD takes, so weights stream from memory into tiles without a copy. A
  * row's result does not depend on the rows beside it, so one arithmetic serves one row and many. */
-#if defined(__x86_64__)
 #include "products_amx.h"
+
+#if AMX_COMPILER
 
 #include <immintrin.h>
 #include <string.h>

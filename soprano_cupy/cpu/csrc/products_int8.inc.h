@@ -5,11 +5,11 @@
 
 /* Lanes of two 16-bit products added, a.low b.low + a.high b.high. */
 INLINE vi v_madd16(vi a, vi b) {
-#if defined(__AVX512BW__) && VEC_FLOATS == 16
+#if defined(__x86_64__) && VEC_FLOATS == 16
     return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
-#elif defined(__AVX2__) && VEC_FLOATS == 8
+#elif defined(__x86_64__) && VEC_FLOATS == 8
     return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__) && VEC_FLOATS == 4
+#elif defined(__x86_64__) && VEC_FLOATS == 4
     return (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #elif defined(__aarch64__)
     int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
@@ -21,9 +21,9 @@ INLINE vi v_madd16(vi a, vi b) {
 
 /* a * b + c, rounded once wherever there is an instruction for it. */
 INLINE vf v_multiply_add(vf a, vf b, vf c) {
-#if defined(__AVX512F__) && VEC_FLOATS == 16
+#if defined(__x86_64__) && VEC_FLOATS == 16
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__) && VEC_FLOATS == 8
+#elif defined(__x86_64__) && VEC_FLOATS == 8
     return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 #elif defined(__aarch64__)
     return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
