@@ -18,6 +18,7 @@ import argparse
 import json
 import logging
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -50,10 +51,8 @@ TEXTS = (
 
 
 def resident_mb() -> float:
-    """Resident memory of this process."""
-    with open("/proc/self/status", encoding="ascii") as status:
-        line = next(line for line in status if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1000
+    """The most memory that this process has had resident."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
@@ -126,7 +125,7 @@ def step_seconds(lm: Any, batch: int, context: int = 128, steps: int = 60) -> fl
 
 
 def work_start(model: str, dtype: str) -> dict[str, Any]:
-    """A fresh process: the first audio is told at once, resident memory after the sentence."""
+    """A fresh process: the first audio is told at once, its peak of resident memory after the sentence."""
     from soprano_cupy import SopranoTTS
 
     tts = SopranoTTS(model, device="cpu", dtype=dtype)
