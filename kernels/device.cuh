@@ -24,6 +24,13 @@
 
 constexpr int WARP_LANES = 32;
 
+// What a norm's output is multiplied by while it waits, unnormalised, in 16 bits: fp16 ends at 65,504.
+#if defined(DTYPE_FP16)
+constexpr float NORM_SCALE = 0.0625f;
+#else
+constexpr float NORM_SCALE = 1.0f;
+#endif
+
 DEVICE int lane_index() { return threadIdx.x & (WARP_LANES - 1); }
 DEVICE int warp_index() { return threadIdx.x / WARP_LANES; }
 
@@ -248,6 +255,19 @@ DEVICE float4 load_shared4_of(unsigned address, unsigned rank) {
     return v;
 }
 #endif
+
+// Programmatic dependent launch (PTX griddepcontrol): the next kernel of the stream may begin once every block of this one
+// has called grid_dependency_launch; grid_dependency_wait returns when the kernels before are done and their writes seen.
+DEVICE void grid_dependency_launch() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void grid_dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------------------
 // Warp exchanges, over all 32 lanes.

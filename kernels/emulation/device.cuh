@@ -47,6 +47,12 @@ inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 constexpr int WARP_LANES = 32;
+
+#if defined(DTYPE_FP16)
+constexpr float NORM_SCALE = 0.0625f;
+#else
+constexpr float NORM_SCALE = 1.0f;
+#endif
 inline int lane_index() { return int(threadIdx.x % WARP_LANES); }
 inline int warp_index() { return int(threadIdx.x / WARP_LANES); }
 
@@ -109,6 +115,10 @@ template <int PENDING> void copy_async_wait() {}
 #endif
 
 // ---- Barriers
+// Launches of the emulated machine follow one another.
+inline void grid_dependency_launch() {}
+inline void grid_dependency_wait() {}
+
 inline void sync_block() { emulation::sync_block(); }
 inline void sync_warp() { emulation::sync_warp(); }
 inline void sync_named(int id, int threads) { emulation::sync_named(id, threads); }
