@@ -21,11 +21,12 @@ class Symbol(IntEnum):
 
 
 class Blocks(NamedTuple):
-    """A grid dimension that follows a symbol: ceil(symbol * times / of_each)."""
+    """A grid dimension that follows a symbol: repeat * ceil(symbol * times / of_each)."""
 
     symbol: Symbol
     of_each: int
     times: int = 1
+    repeat: int = 1
 
 
 class Field(NamedTuple):
