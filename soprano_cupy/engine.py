@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .config import SAMPLE_RATE_HZ
-from .generation import Generation, Loop, Request, generate
+from .generation import Generation, Request, begin, generate
 from .runner import DecoderRunner, LanguageModelRunner
 
 logger = logging.getLogger(__name__)
@@ -57,9 +57,9 @@ class Engine:
         audio: list[np.ndarray] = []
         size = self.language_model.batch
         for start in range(0, len(requests), size):
-            begin = time.perf_counter()
+            since = time.perf_counter()
             results = generate(self.language_model, requests[start : start + size], retries=retries)
-            timings.language_model_s += time.perf_counter() - begin
+            timings.language_model_s += time.perf_counter() - since
             timings.tokens += sum(len(r.tokens) for r in results)
             audio.extend(self._decode(results, timings))
         return audio
@@ -74,35 +74,35 @@ class Engine:
             yield from self.speak([request], retries, timings)
             return
         voice = self.decoder.stream()
-        begin = time.perf_counter()
-        for steps in Loop(self.language_model, [request]):
+        since = time.perf_counter()
+        for steps in begin(self.language_model, [request]):
             timings.tokens += 1
-            timings.language_model_s += time.perf_counter() - begin
-            begin = time.perf_counter()
+            timings.language_model_s += time.perf_counter() - since
+            since = time.perf_counter()
             state = steps[0].state
             piece = voice.push(state[None]) if state is not None else np.empty(0, np.float32)
-            timings.decoder_s += time.perf_counter() - begin
+            timings.decoder_s += time.perf_counter() - since
             if len(piece):
                 timings.samples += len(piece)
                 yield piece
-            begin = time.perf_counter()
+            since = time.perf_counter()
             if steps[0].finish_reason:
                 _warn(steps[0].finish_reason, steps[0].stuck)
         piece = voice.finish()
-        timings.decoder_s += time.perf_counter() - begin
+        timings.decoder_s += time.perf_counter() - since
         timings.samples += len(piece)
         if len(piece):
             yield piece
 
     def _decode(self, results: Sequence[Generation], timings: Timings) -> list[np.ndarray]:
-        begin = time.perf_counter()
+        since = time.perf_counter()
         for result in results:
             _warn(result.finish_reason, result.stuck)
         audible = [i for i, result in enumerate(results) if len(result.states) >= 2]
         audio = [np.empty(0, np.float32) for _ in results]
         for i, samples in zip(audible, self.decoder.decode_many([results[i].states for i in audible]), strict=True):
             audio[i] = samples
-        timings.decoder_s += time.perf_counter() - begin
+        timings.decoder_s += time.perf_counter() - since
         timings.samples += sum(map(len, audio))
         return audio
 

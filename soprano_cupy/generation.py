@@ -15,7 +15,7 @@ import numpy as np
 
 from .device import array_module, to_host
 from .errors import ParameterError
-from .runner import LanguageModelRunner
+from .runner import LanguageModelRunner, Rounds
 from .sampling import SamplingParams, draw, greedy, penalise, uniform
 
 logger = logging.getLogger(__name__)
@@ -78,12 +78,13 @@ class LoopCheck:
 class Loop:
     """Generates several sequences together, one token each a step; ended ones leave the batch.
 
-    Iterating yields the `Step`s of each round. `drop` ends sequences early.
+    Iterating yields the `Step`s of each round. give_up: sequences that get stuck end after the round in which they do.
     """
 
-    def __init__(self, runner: LanguageModelRunner, requests: Sequence[Request]) -> None:
+    def __init__(self, runner: LanguageModelRunner, requests: Sequence[Request], *, give_up: bool = False) -> None:
         self._runner = runner
         self._requests = requests
+        self._give_up = give_up
         self._xp = array_module(runner.device)
         prompt = max(len(r.ids) for r in requests)
         if prompt > runner.config.max_positions:
@@ -93,14 +94,9 @@ class Loop:
         longest = max(len(r.ids) + r.params.max_new_tokens for r in requests)
         self._cache = runner.new_cache(len(requests), min(longest, runner.config.max_positions))
         self._active = list(range(len(requests)))  # the request in each slot
-        self._dropped: set[int] = set()
         self._checks = [LoopCheck() for _ in requests]
         self._counts = [0] * len(requests)
         self._seen = self._seen_mask()
-
-    def drop(self, index: int) -> None:
-        """Stop generating for request `index` after the present round."""
-        self._dropped.add(index)
 
     def __iter__(self) -> Iterator[list[Step]]:
         ids = np.concatenate([r.ids for r in self._requests]).astype(np.int32)
@@ -112,9 +108,27 @@ class Loop:
             tokens, distances = self._choose(states, previous)
             steps = [self._step(slot, int(tokens[slot]), states, distances) for slot in range(len(self._active))]
             yield steps
-            kept = self._retire({s.index for s in steps if s.finish_reason} | self._dropped)
+            kept = self._retire({s.index for s in steps if s.finish_reason or (s.stuck and self._give_up)})
             previous, ids = states[self._xp.asarray(kept)], tokens[kept].astype(np.int32)
             lengths = np.ones(len(kept), np.int64)
+
+    def results(self) -> list[Generation]:
+        """All sequences, generated to their ends."""
+        tokens: list[list[int]] = [[] for _ in self._requests]
+        states: list[list[Array]] = [[] for _ in self._requests]
+        reasons, stuck = ["length"] * len(tokens), [False] * len(tokens)
+        for steps in self:
+            for step in steps:
+                tokens[step.index].append(step.token)
+                if step.state is not None:
+                    states[step.index].append(step.state)
+                reasons[step.index] = step.finish_reason or reasons[step.index]
+                stuck[step.index] = step.stuck
+        empty = self._xp.empty((0, self._runner.config.hidden_size), np.float32)
+        return [
+            Generation(np.array(tokens[i], np.int32), self._xp.stack(kept) if kept else empty, reasons[i], stuck[i])
+            for i, kept in enumerate(states)
+        ]
 
     def _seen_mask(self) -> Array:
         """(n, vocab) bool: the ids that each sequence holds so far."""
@@ -172,13 +186,18 @@ class Loop:
         return np.array(places, np.int64)
 
 
+def begin(runner: LanguageModelRunner, requests: Sequence[Request], *, give_up: bool = False) -> Rounds:
+    """The runner's own loop where it has one, else the common one."""
+    return runner.begin(requests, give_up=give_up) or Loop(runner, requests, give_up=give_up)
+
+
 def generate(runner: LanguageModelRunner, requests: Sequence[Request], *, retries: int = 0) -> list[Generation]:
     """Generate all requests together; a stuck one is begun again up to `retries` times with another stream."""
     results: list[Generation | None] = [None] * len(requests)
     pending = list(range(len(requests)))
     for attempt in range(retries + 1):
         batch = [retry(requests[i], attempt) for i in pending]
-        for i, result in zip(pending, _generate_once(runner, batch, give_up=attempt < retries), strict=True):
+        for i, result in zip(pending, begin(runner, batch, give_up=attempt < retries).results(), strict=True):
             results[i] = result
         pending = [i for i in pending if results[i].stuck]  # type: ignore[union-attr]
         if not pending or attempt == retries:
@@ -192,29 +211,3 @@ def retry(request: Request, attempt: int) -> Request:
     if attempt == 0:
         return request
     return Request(request.ids, request.params.for_retry().seeded(), request.stream + (attempt << 32))
-
-
-def _generate_once(runner: LanguageModelRunner, requests: Sequence[Request], *, give_up: bool) -> list[Generation]:
-    xp = array_module(runner.device)
-    tokens: list[list[int]] = [[] for _ in requests]
-    states: list[list[Array]] = [[] for _ in requests]
-    reasons, stuck = ["length"] * len(requests), [False] * len(requests)
-    loop = Loop(runner, requests)
-    for steps in loop:
-        for step in steps:
-            tokens[step.index].append(step.token)
-            if step.state is not None:
-                states[step.index].append(step.state)
-            reasons[step.index] = step.finish_reason or reasons[step.index]
-            stuck[step.index] = step.stuck
-            if step.stuck and give_up:
-                loop.drop(step.index)
-    return [
-        Generation(
-            np.array(tokens[i], np.int32),
-            xp.stack(states[i]) if states[i] else xp.empty((0, runner.config.hidden_size), np.float32),
-            reasons[i],
-            stuck[i],
-        )
-        for i in range(len(requests))
-    ]

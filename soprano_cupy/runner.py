@@ -8,13 +8,16 @@ sampling loop and call one of these; they never look inside.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from .config import DecoderConfig, ModelConfig
 from .device import to_host
+
+if TYPE_CHECKING:
+    from .generation import Generation, Request, Step
 
 Array = Any  # np.ndarray on the CPU, cupy.ndarray on a GPU
 
@@ -32,6 +35,16 @@ class KVCache(ABC):
     @abstractmethod
     def move(self, source: int, target: int) -> None:
         """Copy slot `source` over slot `target`, length included."""
+
+
+class Rounds(Protocol):
+    """Several sequences being generated together. Either iterate over it, or take the results; once."""
+
+    def __iter__(self) -> Iterator[list[Step]]:
+        """Each round's steps, one for every sequence that still runs."""
+
+    def results(self) -> list[Generation]:
+        """All sequences, generated to their ends, in the requests' order."""
 
 
 class LanguageModelRunner(ABC):
@@ -62,6 +75,13 @@ class LanguageModelRunner(ABC):
     @abstractmethod
     def logits(self, states: Array) -> Array:
         """(M, hidden_size) -> (M, vocab_size), of the states' dtype."""
+
+    def begin(self, requests: Sequence[Request], *, give_up: bool = False) -> Rounds | None:
+        """The engine's own generation loop over these requests, or None: the common one draws from `logits`.
+
+        give_up: a sequence that gets stuck ends at once.
+        """
+        return None
 
 
 class DecoderStream(ABC):
