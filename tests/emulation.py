@@ -105,7 +105,7 @@ class KernelLibrary:
     def launch(
         self,
         kernel: str,
-        params: AttentionParams,
+        params: ctypes.Structure | bytes,
         *,
         grid: Sequence[int],
         threads: int,
@@ -119,8 +119,8 @@ class KernelLibrary:
     ) -> None:
         """Run a grid to its end; EmulationError where the kernel does what it must not.
 
-        `skip_*` = n makes every thread ignore its n-th barrier, wait for copies, or warp barrier: sabotage, to show
-        that the fault is caught. Without `buffers`, global accesses are not checked.
+        params: the kernel's one struct. `skip_*` = n makes every thread ignore its n-th barrier, wait for copies, or
+        warp barrier: sabotage, to show that the fault is caught. Without `buffers`, global accesses are not checked.
         """
         table = (_Buffer * max(1, len(buffers)))(
             *[_Buffer(b.array.ctypes.data, b.array.nbytes, int(b.writable)) for b in buffers]
@@ -137,10 +137,15 @@ class KernelLibrary:
             len(buffers),
             table,
         )
-        message = ctypes.create_string_buffer(1024)
+        block, message = bytes(params), ctypes.create_string_buffer(1024)
         entry = ctypes.cast(getattr(self.library, kernel), ctypes.c_void_p)
         if self.library.emulation_launch(
-            entry, ctypes.byref(params), ctypes.byref(options), message, ctypes.c_size_t(len(message))
+            entry,
+            block,
+            ctypes.c_size_t(len(block)),
+            ctypes.byref(options),
+            message,
+            ctypes.c_size_t(len(message)),
         ):
             raise EmulationError(message.value.decode())
 

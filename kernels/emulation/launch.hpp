@@ -3,11 +3,15 @@
 
 #include <cstddef>
 
-#include "../attention_params.cuh"
-
 namespace emulation {
 
-typedef void (*Kernel)(AttentionParams);
+// A kernel's one struct, whatever its type. Both the x86-64 and the AArch64 convention hand over a large struct by its
+// address or on the stack, where a kernel finds the fields of its own, smaller one at the start.
+struct alignas(16) ParameterBlock {
+    unsigned char bytes[512];
+};
+
+typedef void (*Kernel)(ParameterBlock);
 
 // A range of global memory that the kernel may touch.
 struct Buffer {
@@ -31,5 +35,5 @@ struct Options {
 }  // namespace emulation
 
 // Runs the whole grid. 0: done; 1: `message` says what went wrong and where.
-extern "C" int emulation_launch(emulation::Kernel kernel, const AttentionParams* params,
+extern "C" int emulation_launch(emulation::Kernel kernel, const void* params, size_t params_bytes,
                                 const emulation::Options* options, char* message, size_t message_bytes);

@@ -5,9 +5,9 @@
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 #include <deque>
 
-#include "../attention_params.cuh"
 #include "fibers.hpp"
 #include "formats.hpp"
 #include "launch.hpp"
@@ -50,7 +50,7 @@ struct Machine {
     std::vector<Warp> warps;
     std::vector<Barrier> barriers;  // BARRIERS for each block; one for the cluster at the end
     const Options* options = nullptr;
-    AttentionParams params;
+    ParameterBlock params;
     Kernel kernel = nullptr;
     unsigned first_block = 0;
     char* message = nullptr;
@@ -333,11 +333,16 @@ void mma(float* d, const unsigned* a, const unsigned* b, int depth, bool bf16) {
 
 }  // namespace emulation
 
-int emulation_launch(emulation::Kernel kernel, const AttentionParams* params, const emulation::Options* options,
-                     char* message, size_t message_bytes) {
+int emulation_launch(emulation::Kernel kernel, const void* params, size_t params_bytes,
+                     const emulation::Options* options, char* message, size_t message_bytes) {
     using namespace emulation;
     machine.kernel = kernel;
-    machine.params = *params;
+    if (params_bytes <= 16 || params_bytes > sizeof machine.params.bytes) {
+        std::snprintf(message, message_bytes, "parameters of %zu bytes: 17 to %zu can be passed", params_bytes,
+                      sizeof machine.params.bytes);
+        return 1;
+    }
+    std::memcpy(machine.params.bytes, params, params_bytes);
     machine.options = options;
     machine.message = message;
     machine.message_bytes = message_bytes;
