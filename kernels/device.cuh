@@ -171,6 +171,16 @@ template <typename T> DEVICE T load_global(const void* address) { return __ldg(s
 // Reads data that other blocks of this launch may have written (after fence_device and an atomic of theirs).
 template <typename T> DEVICE T load_global_fresh(const void* address) { return __ldcg(static_cast<const T*>(address)); }
 
+// Reads 16 bytes of constants that this multiprocessor needs once, past the first-level cache. Where the call stands in
+// the source is where the load is issued: ahead of grid_dependency_wait, say.
+DEVICE uint4 load_global_once(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(address));
+    return v;
+}
+
 template <typename T> DEVICE void store_global(void* address, T value) { *static_cast<T*>(address) = value; }
 
 // *counter = (*counter >= limit) ? 0 : *counter + 1, returning the old value: a counter that resets itself.
@@ -370,6 +380,12 @@ DEVICE float log2_fast(float x) {
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
+
+// 1 / sqrt(x), relative error below 2^-22.
+DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
+
+// The error function, to 2 units in the last place.
+DEVICE float error_function(float x) { return erff(x); }
 
 DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float bits_to_float(int bits) { return __int_as_float(bits); }

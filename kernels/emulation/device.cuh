@@ -92,6 +92,7 @@ template <typename T> T load_global(const void* address) {
     return value;
 }
 template <typename T> T load_global_fresh(const void* address) { return load_global<T>(address); }
+inline uint4 load_global_once(const void* address) { return load_global<uint4>(address); }
 template <typename T> void store_global(void* address, T value) { emulation::write_global(address, &value, sizeof(T)); }
 inline unsigned atomic_increment(unsigned* counter, unsigned limit) {
     const unsigned old = load_global<unsigned>(counter);
@@ -179,6 +180,8 @@ inline void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsi
 inline float infinity() { return __builtin_huge_valf(); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
+inline float inverse_sqrt(float x) { return 1.0f / std::sqrt(x); }
+inline float error_function(float x) { return std::erf(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline unsigned opaque(unsigned value) { return value; }
 inline float bits_to_float(int bits) { return emulation::float_of_bits(unsigned(bits)); }
