@@ -42,6 +42,7 @@ class LaunchPlan:
     shared_memory_bytes: int  # dynamic, of a block; above 48 KB the launcher raises the kernel's limit first
     grid: Grid
     description: str  # one line for -v and doctor
+    tile_rows: int = 0  # query rows (tokens times heads of the group) of a block; prefill kernels
     splits: int = 1  # AttentionParams.splits
     # AttentionParams.workspace: zeroed when it is allocated, left fit for the next launch; one launch at a time uses it
     workspace_bytes: int = 0

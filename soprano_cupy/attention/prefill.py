@@ -183,6 +183,7 @@ def plan(
         shared_memory_bytes=floats * 4,
         grid=partial(_grid, PORTABLE_ROWS),
         description=f"prefill in fp32 arithmetic, tiles of {PORTABLE_ROWS} rows and {PORTABLE_KEYS} keys",
+        tile_rows=PORTABLE_ROWS,
     )
 
 
@@ -205,6 +206,7 @@ def tensor_core_plan(tile: Tile, head_dim: int, common: tuple[tuple[str, int], .
         shared_memory_bytes=tile.shared_bytes(head_dim),
         grid=partial(_grid, tile.rows),
         description=f"prefill on tensor cores, tiles of {tile.rows} rows and {tile.block_keys} keys: {tile.reason}",
+        tile_rows=tile.rows,
     )
 
 
