@@ -135,6 +135,11 @@ template <> DEVICE float4 load_shared<float4>(unsigned address) {
                  : "memory");
     return v;
 }
+template <> DEVICE uint2 load_shared<uint2>(unsigned address) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+    return v;
+}
 template <> DEVICE uint4 load_shared<uint4>(unsigned address) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -157,9 +162,19 @@ template <> DEVICE void store_shared<float4>(unsigned address, float4 v) {
     asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                  : "memory");
 }
+template <> DEVICE void store_shared<uint2>(unsigned address, uint2 v) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(v.x), "r"(v.y) : "memory");
+}
 template <> DEVICE void store_shared<uint4>(unsigned address, uint4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                  : "memory");
+}
+
+// Adds to a word, and returns what it was.
+DEVICE unsigned atomic_add_shared(unsigned address, unsigned value) {
+    unsigned old;
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;" : "=r"(old) : "r"(address), "r"(value) : "memory");
+    return old;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -182,6 +197,14 @@ DEVICE uint4 load_global_once(const void* address) {
 }
 
 template <typename T> DEVICE void store_global(void* address, T value) { *static_cast<T*>(address) = value; }
+
+// Asks for the 128 bytes around an address to be brought into the second-level cache. A hint: it reads nothing.
+DEVICE void prefetch_l2(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
+// Writes a word of mapped host memory, behind everything that this thread has written or seen written before.
+DEVICE void publish(void* address, unsigned long long value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
 
 // *counter = (*counter >= limit) ? 0 : *counter + 1, returning the old value: a counter that resets itself.
 DEVICE unsigned atomic_increment(unsigned* counter, unsigned limit) { return atomicInc(counter, limit); }
@@ -243,6 +266,19 @@ DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The two halves of sync_cluster. A thread may end without its last wait.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Writes at this block's shared `address` in the block of rank `rank`.
+DEVICE void store_shared4_of(unsigned address, unsigned rank, float4 v) {
+    asm volatile(
+        "{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+        "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(address),
+        "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+        : "memory");
+}
+
 // Reads a float at this block's shared `address` in the block of rank `rank`.
 DEVICE float load_shared_of(unsigned address, unsigned rank) {
     float v;
@@ -285,7 +321,29 @@ DEVICE void grid_dependency_wait() {
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE float shuffle(float value, int source_lane) { return __shfl_sync(0xffffffffu, value, source_lane); }
 DEVICE unsigned shuffle(unsigned value, int source_lane) { return __shfl_sync(0xffffffffu, value, source_lane); }
+DEVICE unsigned shuffle_xor(unsigned value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 DEVICE bool any_lane(bool predicate) { return __any_sync(0xffffffffu, predicate); }
+// Bit l: the predicate of lane l.
+DEVICE unsigned lanes_where(bool predicate) { return __ballot_sync(0xffffffffu, predicate); }
+
+// Over all lanes, for all lanes.
+#if __CUDA_ARCH__ >= 800
+DEVICE unsigned max_of_lanes(unsigned value) { return __reduce_max_sync(0xffffffffu, value); }
+DEVICE unsigned min_of_lanes(unsigned value) { return __reduce_min_sync(0xffffffffu, value); }
+DEVICE unsigned sum_of_lanes(unsigned value) { return __reduce_add_sync(0xffffffffu, value); }
+#else
+DEVICE unsigned max_of_lanes(unsigned value) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) value = max(value, shuffle_xor(value, mask));
+    return value;
+}
+DEVICE unsigned min_of_lanes(unsigned value) { return ~max_of_lanes(~value); }
+DEVICE unsigned sum_of_lanes(unsigned value) {
+#pragma unroll
+    for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    return value;
+}
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------
 // Matrix fragments: 8 x 8 matrices of 2-byte elements. Lane l passes the address of row l % 8 of matrix l / 8 (16
@@ -389,6 +447,10 @@ DEVICE float error_function(float x) { return erff(x); }
 
 DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float bits_to_float(int bits) { return __int_as_float(bits); }
+DEVICE unsigned float_to_bits(float value) { return __float_as_uint(value); }
+DEVICE double bits_to_double(unsigned long long bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+DEVICE unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }  // the upper word of a product
+DEVICE int lowest_bit(unsigned mask) { return __ffs(static_cast<int>(mask)) - 1; }  // of a mask other than 0
 
 // The value itself, of which the compiler does not see where it came from: what is computed from it is not computed
 // ahead and kept in registers.

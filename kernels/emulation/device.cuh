@@ -86,6 +86,9 @@ template <typename T> T load_shared(unsigned address) {
 template <typename T> void store_shared(unsigned address, T value) {
     emulation::write_shared(address, &value, sizeof(T));
 }
+inline unsigned atomic_add_shared(unsigned address, unsigned value) {
+    return emulation::add_shared(address, value);
+}
 template <typename T> T load_global(const void* address) {
     T value;
     emulation::read_global(address, &value, sizeof(T));
@@ -94,6 +97,11 @@ template <typename T> T load_global(const void* address) {
 template <typename T> T load_global_fresh(const void* address) { return load_global<T>(address); }
 inline uint4 load_global_once(const void* address) { return load_global<uint4>(address); }
 template <typename T> void store_global(void* address, T value) { emulation::write_global(address, &value, sizeof(T)); }
+inline void prefetch_l2(const void* address) {
+    char byte;
+    emulation::read_global(address, &byte, 1);  // a hint may point anywhere; ours stay inside their buffers
+}
+inline void publish(void* address, unsigned long long value) { store_global(address, value); }
 inline unsigned atomic_increment(unsigned* counter, unsigned limit) {
     const unsigned old = load_global<unsigned>(counter);
     store_global<unsigned>(counter, old >= limit ? 0 : old + 1);
@@ -126,6 +134,11 @@ inline void sync_named(int id, int threads) { emulation::sync_named(id, threads)
 #if __CUDA_ARCH__ >= 900
 inline unsigned cluster_rank() { return emulation::cluster_rank(); }
 inline void sync_cluster() { emulation::sync_cluster(); }
+inline void cluster_arrive() { emulation::cluster_arrive(); }
+inline void cluster_wait() { emulation::cluster_wait(); }
+inline void store_shared4_of(unsigned address, unsigned rank, float4 value) {
+    emulation::write_shared_of(address, rank, &value, sizeof value);
+}
 inline float load_shared_of(unsigned address, unsigned rank) {
     float value;
     emulation::read_shared_of(address, rank, &value, sizeof value);
@@ -144,7 +157,21 @@ inline float shuffle(float value, int source_lane) {
     return emulation::float_of_bits(shuffle(emulation::float_bits(value), source_lane));
 }
 inline float shuffle_xor(float value, int mask) { return shuffle(value, lane_index() ^ mask); }
+inline unsigned shuffle_xor(unsigned value, int mask) { return shuffle(value, lane_index() ^ mask); }
 inline bool any_lane(bool predicate) { return emulation::ballot(predicate) != 0; }
+inline unsigned lanes_where(bool predicate) { return emulation::ballot(predicate); }
+inline unsigned max_of_lanes(unsigned value) {
+    for (int mask = 16; mask > 0; mask /= 2) {
+        const unsigned other = shuffle_xor(value, mask);
+        value = other > value ? other : value;
+    }
+    return value;
+}
+inline unsigned min_of_lanes(unsigned value) { return ~max_of_lanes(~value); }
+inline unsigned sum_of_lanes(unsigned value) {
+    for (int mask = 16; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
+    return value;
+}
 
 // ---- Matrix fragments
 #if __CUDA_ARCH__ >= 750 && !defined(DTYPE_FP32)
@@ -185,5 +212,13 @@ inline float error_function(float x) { return std::erf(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline unsigned opaque(unsigned value) { return value; }
 inline float bits_to_float(int bits) { return emulation::float_of_bits(unsigned(bits)); }
+inline unsigned float_to_bits(float value) { return emulation::float_bits(value); }
+inline double bits_to_double(unsigned long long bits) {
+    double value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline unsigned multiply_high(unsigned a, unsigned b) { return unsigned((static_cast<unsigned long long>(a) * b) >> 32); }
+inline int lowest_bit(unsigned mask) { return __builtin_ctz(mask); }
 
 #endif  // SOPRANO_DEVICE_CUH

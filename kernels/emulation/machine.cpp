@@ -30,6 +30,7 @@ struct Thread {
     std::vector<Copy> open;                          // copies issued since the last commit
     std::deque<std::vector<Copy>> groups;            // committed and still in flight, oldest first
     int barriers = 0, waits = 0, warp_barriers = 0;  // how many it has met, for Options::skip_*
+    int cluster_arrivals = 0;
 };
 
 struct Warp {
@@ -43,8 +44,16 @@ struct Barrier {
     int expected = 0;
 };
 
+// A cluster's barrier in two halves: what a warp did before it arrived is ordered before what others do after they waited.
+struct ClusterPhase {
+    int completed = 0, arrived = 0;
+    std::vector<int> lanes, waiting;               // lanes of each warp that have arrived; threads that wait
+    std::vector<std::uint32_t> joining, released;  // clocks, see SharedMemory
+};
+
 struct Machine {
     Fibers fibers;
+    ClusterPhase phase;
     SharedMemory shared;
     std::vector<Thread> threads;
     std::vector<Warp> warps;
@@ -207,6 +216,8 @@ void run_cluster(unsigned first_block) {
     machine.threads.assign(threads, Thread{});
     machine.warps.assign(threads / LANES, Warp{});
     machine.barriers.assign(options.cluster * BARRIERS + 1, Barrier{});
+    machine.phase = ClusterPhase{};
+    machine.phase.lanes.assign(threads / LANES, 0);
     machine.shared.reset(int(options.cluster), options.shared_bytes, threads / LANES);
     machine.fibers.run(threads, enter, select, deadlock, options.reverse != 0);
 }
@@ -236,6 +247,15 @@ void write_shared(unsigned address, const void* source, unsigned bytes) {
 void read_shared_of(unsigned address, unsigned rank, void* destination, unsigned bytes) {
     if (rank >= machine.options->cluster) fail("block %u of a cluster of %u", rank, machine.options->cluster);
     machine.shared.read(int(rank), address - SHARED_BASE, destination, bytes, machine.actor());
+}
+
+void write_shared_of(unsigned address, unsigned rank, const void* source, unsigned bytes) {
+    if (rank >= machine.options->cluster) fail("block %u of a cluster of %u", rank, machine.options->cluster);
+    machine.shared.write(int(rank), address - SHARED_BASE, source, bytes, machine.actor());
+}
+
+unsigned add_shared(unsigned address, unsigned value) {
+    return machine.shared.add(machine.block(), address - SHARED_BASE, value, machine.actor());
 }
 
 void read_global(const void* address, void* destination, unsigned bytes) {
@@ -291,6 +311,33 @@ void sync_named(int id, int threads) {
 void sync_cluster() {
     if (machine.threads[machine.thread()].barriers++ == machine.options->skip_barrier) return;
     meet_barrier(machine.barriers.back(), int(machine.threads.size()), "sync_cluster");
+}
+
+void cluster_arrive() {
+    Thread& thread = machine.threads[machine.thread()];
+    if (thread.barriers++ == machine.options->skip_barrier) return;
+    ClusterPhase& phase = machine.phase;
+    ++thread.cluster_arrivals;
+    if (++phase.lanes[machine.warp()] == LANES) {
+        phase.lanes[machine.warp()] = 0;
+        machine.shared.release(machine.warp(), phase.joining);
+    }
+    if (++phase.arrived < int(machine.threads.size())) return;
+    phase.arrived = 0;
+    ++phase.completed;
+    phase.released = std::move(phase.joining);
+    phase.joining.clear();
+    for (int waiting : phase.waiting) machine.fibers.wake(waiting);
+    phase.waiting.clear();
+}
+
+void cluster_wait() {
+    const Thread& thread = machine.threads[machine.thread()];
+    if (machine.phase.completed < thread.cluster_arrivals) {
+        machine.phase.waiting.push_back(machine.thread());
+        machine.fibers.block("cluster_wait");
+    }
+    if (!machine.phase.released.empty()) machine.shared.acquire(machine.warp(), machine.phase.released);
 }
 
 unsigned cluster_rank() { return unsigned(machine.block()); }

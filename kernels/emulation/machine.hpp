@@ -18,6 +18,8 @@ constexpr unsigned SHARED_BASE = 1024;
 
 void read_shared(unsigned address, void* destination, unsigned bytes);
 void write_shared(unsigned address, const void* source, unsigned bytes);
+unsigned add_shared(unsigned address, unsigned value);  // atomically; the old value
+void write_shared_of(unsigned address, unsigned rank, const void* source, unsigned bytes);
 void read_shared_of(unsigned address, unsigned rank, void* destination, unsigned bytes);
 void read_global(const void* address, void* destination, unsigned bytes);
 void write_global(void* address, const void* source, unsigned bytes);
@@ -31,6 +33,8 @@ void sync_warp();
 void sync_block();
 void sync_named(int id, int threads);
 void sync_cluster();
+void cluster_arrive();
+void cluster_wait();
 unsigned cluster_rank();
 
 unsigned shuffle(unsigned value, int source_lane);

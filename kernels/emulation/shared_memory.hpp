@@ -39,6 +39,8 @@ public:
             writes_.assign(words, Stamp{});
             writers_.assign(words, 0);
             reads_.assign(words * warps, Stamp{});
+            additions_.clear();
+            added_.assign(words, 0);
             phases_.assign(warps, 1);
             latest_ = 0;
         }
@@ -59,6 +61,7 @@ public:
         for (size_t word = at / 4; word < (at + bytes) / 4; ++word) {
             check_landed(word, "read");
             if (!ordered(writes_[word], writers_[word], actor)) report("reads", "wrote", word, actor, writers_[word]);
+            check_additions("reads", word, actor);
             note_read(reads_[word * warps_ + actor.warp], actor);
         }
         std::memcpy(destination, &data_[at], bytes);
@@ -68,6 +71,23 @@ public:
         const size_t at = locate(block, offset, bytes, "write");
         claim(at, bytes, actor);
         std::memcpy(&data_[at], source, bytes);
+    }
+
+    // An atomic addition, ordered with other additions whatever the barriers; returns the old value.
+    std::uint32_t add(int block, unsigned offset, std::uint32_t value, Actor actor) {
+        const size_t at = locate(block, offset, 4, "addition"), word = at / 4;
+        check_landed(word, "addition");
+        if (!ordered(writes_[word], writers_[word], actor)) report("adds to", "wrote", word, actor, writers_[word]);
+        for (int w = 0; w < warps_; ++w)
+            if (!ordered(reads_[word * warps_ + w], w, actor)) report("adds to", "read", word, actor, w);
+        if (additions_.empty()) additions_.assign(reads_.size(), Stamp{});
+        added_[word] = 1;
+        note_read(additions_[word * warps_ + actor.warp], actor);
+        std::uint32_t old;
+        std::memcpy(&old, &data_[at], 4);
+        value += old;
+        std::memcpy(&data_[at], &value, 4);
+        return old;
     }
 
     // An asynchronous copy of 16 bytes is issued: from now on nobody may touch its target.
@@ -97,6 +117,21 @@ public:
             if (++clock(w, w) > latest_) latest_ = clock(w, w);
             ++phases_[w];
         }
+    }
+
+    // What this warp has done and seen so far joins `clocks`; what it does from now on does not.
+    void release(int warp, std::vector<std::uint32_t>& clocks) {
+        clocks.resize(warps_, 0);
+        for (int other = 0; other < warps_; ++other)
+            if (clock(warp, other) > clocks[other]) clocks[other] = clock(warp, other);
+        if (++clock(warp, warp) > latest_) latest_ = clock(warp, warp);
+        ++phases_[warp];
+    }
+
+    // What joined `clocks` is ordered before this warp's next access.
+    void acquire(int warp, const std::vector<std::uint32_t>& clocks) {
+        for (int other = 0; other < warps_; ++other)
+            if (clocks[other] > clock(warp, other)) clock(warp, other) = clocks[other];
     }
 
 private:
@@ -129,6 +164,12 @@ private:
         stamp.clock = clock(actor.warp, actor.warp);
     }
 
+    void check_additions(const char* now, size_t word, Actor actor) {
+        if (!added_[word]) return;
+        for (int w = 0; w < warps_; ++w)
+            if (!ordered(additions_[word * warps_ + w], w, actor)) report(now, "added to", word, actor, w);
+    }
+
     // Checks that a write is ordered behind all earlier accesses and records it.
     void claim(size_t at, unsigned bytes, Actor actor) {
         for (size_t word = at / 4; word < (at + bytes) / 4; ++word) {
@@ -136,6 +177,7 @@ private:
             if (!ordered(writes_[word], writers_[word], actor)) report("writes", "wrote", word, actor, writers_[word]);
             for (int w = 0; w < warps_; ++w)
                 if (!ordered(reads_[word * warps_ + w], w, actor)) report("writes", "read", word, actor, w);
+            check_additions("writes", word, actor);
             writes_[word] = {clock(actor.warp, actor.warp), phases_[actor.warp], actor.lane};
             writers_[word] = actor.warp;
         }
@@ -153,7 +195,9 @@ private:
     std::vector<unsigned char> pending_;
     std::vector<Stamp> writes_;
     std::vector<int> writers_;
-    std::vector<Stamp> reads_;  // (words, warps)
+    std::vector<Stamp> reads_;      // (words, warps)
+    std::vector<Stamp> additions_;  // (words, warps), or empty: none yet
+    std::vector<unsigned char> added_;
     std::vector<std::uint32_t> clocks_, phases_;
 };
 
