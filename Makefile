@@ -10,9 +10,9 @@ BIN := $(VENV)/bin
 export TEXT
 
 # what an editable install has to be repeated for
-BUILT_FROM := pyproject.toml setup.py $(wildcard soprano_cupy/cpu/build.py soprano_cupy/cpu/*.pyx soprano_cupy/cpu/*.pxd \
-	soprano_cupy/cpu/csrc/*.[ch])
-C_SOURCES = $(shell find kernels soprano_cupy/cpu/csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.[ch]' \
+BUILT_FROM := pyproject.toml setup.py $(wildcard soprano_cupy/[cg]pu/build.py soprano_cupy/[cg]pu/*.p[yx][xdi] \
+	soprano_cupy/[cg]pu/csrc/*.[ch])
+C_SOURCES = $(shell find kernels soprano_cupy/[cg]pu/csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.[ch]' \
 	-o -name '*.[ch]pp')
 BENCHMARKS = benchmarks/parity.py benchmarks/attention.py
 
@@ -67,7 +67,7 @@ wheel: $(VENV)/wheel
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
 	find soprano_cupy tests benchmarks tools -name __pycache__ -prune -exec rm -rf {} +
-	rm -f soprano_cupy/cpu/*.so soprano_cupy/cpu/_*.c
+	rm -f soprano_cupy/[cg]pu/*.so soprano_cupy/[cg]pu/_*.c
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -28,8 +28,14 @@ class BuildWithKernels(build_py):
 version = re.search(r'^__version__ = "(.+)"$', (ROOT / "soprano_cupy/__init__.py").read_text(), re.MULTILINE)
 assert version is not None
 
+
+def extensions(part: str) -> list[object]:
+    """The extension modules of `cpu` or `gpu`, without importing the package."""
+    return runpy.run_path(str(ROOT / "soprano_cupy" / part / "build.py"))[f"{part}_extensions"]()
+
+
 setup(
     version=version[1],
-    ext_modules=runpy.run_path(str(ROOT / "soprano_cupy/cpu/build.py"))["cpu_extensions"](),
+    ext_modules=[*extensions("cpu"), *extensions("gpu")],
     cmdclass={"build_py": BuildWithKernels},
 )

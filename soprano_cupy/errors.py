@@ -30,7 +30,12 @@ class DownloadError(SopranoError):
 
 
 class DeviceError(SopranoError):
-    """The device asked for does not exist or cannot be used."""
+    """The device asked for does not exist or cannot be used.
+
+    sticky: the GPU context is lost, and nothing works on the GPU any more in this process.
+    """
+
+    sticky = False
 
 
 class AttentionUnavailable(SopranoError):

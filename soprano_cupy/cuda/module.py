@@ -113,15 +113,26 @@ class Kernel:
         self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...], shared_bytes: int = 0
     ) -> None:
         """Launch. arguments: CuPy arrays, or NumPy scalars and structured scalars, passed by value."""
+        self.allow_shared_bytes(shared_bytes)
+        self._function(grid, block, arguments, shared_mem=shared_bytes)
+
+    @property
+    def pointer(self) -> int:
+        """The driver's handle (CUfunction); it holds as long as this object lives."""
+        return int(self._function.ptr)
+
+    def allow_shared_bytes(self, shared_bytes: int) -> None:
+        """Let launches ask for this much dynamic shared memory; what was allowed before stays allowed."""
         if shared_bytes > self._shared_bytes:
             from cupy_backends.cuda.api import driver
 
             driver.funcSetAttribute(self._function.ptr, _MAX_DYNAMIC_SHARED, shared_bytes)
             self._shared_bytes = shared_bytes
-        self._function(grid, block, arguments, shared_mem=shared_bytes)
 
 
 _kernels: dict[tuple[Any, ...], Kernel] = {}
+_modules: dict[tuple[Any, ...], Any] = {}
+_turns: dict[tuple[Any, ...], threading.Lock] = {}  # of the threads that want the same module
 _lock = threading.Lock()
 
 
@@ -133,21 +144,30 @@ def load(
     *,
     specific: bool = False,
 ) -> Kernel:
-    """The kernel `function` of `kernels/<source_name>`, built and loaded on CUDA device `device` at first need."""
-    key = (source_name, function, tuple(defines), device, specific)
+    """The kernel `function` of `kernels/<source_name>`, built and loaded on CUDA device `device` at first need.
+
+    Threads that ask for different modules build them side by side.
+    """
+    module_key = (source_name, tuple(defines), device, specific)
+    key = (function, *module_key)
     kernel = _kernels.get(key)
     if kernel is None:
         with _lock:
-            kernel = _kernels.get(key) or _load(source_name, function, defines, device, specific)
+            turn = _turns.setdefault(module_key, threading.Lock())
+        with turn:
+            kernel = _kernels.get(key) or _load(*key)
             _kernels[key] = kernel
     return kernel
 
 
-def _load(source_name: str, function: str, defines: Sequence[tuple[str, int]], device: int, specific: bool) -> Kernel:
+def _load(function: str, source_name: str, defines: Sequence[tuple[str, int]], device: int, specific: bool) -> Kernel:
     import cupy
 
-    cubin = build(source_name, defines, device_facts(device).capability, specific=specific)
+    key = (source_name, defines, device, specific)
     with cupy.cuda.Device(device):
-        module = cupy.cuda.function.Module()
-        module.load(cubin)
-        return Kernel(module, module.get_function(function))
+        if key not in _modules:
+            cubin = build(source_name, defines, device_facts(device).capability, specific=specific)
+            module = cupy.cuda.function.Module()
+            module.load(cubin)
+            _modules[key] = module
+        return Kernel(_modules[key], _modules[key].get_function(function))

@@ -56,3 +56,4 @@ class Launch:
     # Programmatic dependent launch: may begin while the kernel before still runs (compute capability 9.0 and newer);
     # the kernel waits itself (grid_dependency_wait) before it touches what others write.
     programmatic: bool = True
+    cooperative: bool = False  # all blocks run at once; the launch fails where they do not fit
