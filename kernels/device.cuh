@@ -445,6 +445,9 @@ DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
 // The error function, to 2 units in the last place.
 DEVICE float error_function(float x) { return erff(x); }
 
+// The nearest whole number; ties to the even one.
+DEVICE float round_to_even(float x) { return rintf(x); }
+
 DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float bits_to_float(int bits) { return __int_as_float(bits); }
 DEVICE unsigned float_to_bits(float value) { return __float_as_uint(value); }

@@ -209,6 +209,7 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
 inline float inverse_sqrt(float x) { return 1.0f / std::sqrt(x); }
 inline float error_function(float x) { return std::erf(x); }
+inline float round_to_even(float x) { return std::rint(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline unsigned opaque(unsigned value) { return value; }
 inline float bits_to_float(int bits) { return emulation::float_of_bits(unsigned(bits)); }
