@@ -72,7 +72,7 @@ cdef class MappedMemory:
         cdef Status status = SUCCESS
         if nbytes not in (4, 8) or offset % nbytes or not 0 <= offset <= self.nbytes - nbytes:
             raise ParameterError(f"there is no word of {nbytes} bytes at byte {offset} of {self.nbytes}")
-        if not 0 <= value < 1 << 8 * nbytes:
+        if not 0 <= value < (<object>1) << 8 * nbytes:
             raise ParameterError(f"a word of {nbytes} bytes never holds {value}")
         awaited.address = <char *>self.memory + offset
         awaited.value = value
