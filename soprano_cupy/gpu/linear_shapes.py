@@ -187,7 +187,7 @@ MOST_HELD = 18  # packed tiles in the registers of a lane, 4 registers each
 
 
 def rows_warps(depth: int) -> int:
-    """Warps over which `linear_rows.cu` divides the depth: by the depth alone, so that results do not vary with rows."""
+    """Warps over which `linear_rows.cu` divides the depth, by it alone so that results do not vary with rows."""
     fragments = depth // 16
     return 4 if fragments <= 8 else 8 if fragments <= 64 else 16
 
