@@ -233,17 +233,17 @@ def variants(
     seen = set()
     for product in products:
         for count in rows:
-            launch = plan_linear(_sample(product, dtype, capability, multiprocessors, count))
+            launch = plan_linear(sample_request(product, dtype, capability, multiprocessors, count))
             key = (launch.source, launch.kernel, launch.defines)
             if key not in seen:
                 seen.add(key)
                 yield launch
 
 
-def _sample(
+def sample_request(
     product: LinearShape, dtype: str, capability: tuple[int, int], multiprocessors: int, rows: int
 ) -> LinearRequest:
-    """A request for the product with addresses of nothing."""
+    """A request for the product with addresses of nothing, to see or compile the kernel that answers it."""
     request = LinearRequest(
         end=product.end,
         dtype=dtype,
