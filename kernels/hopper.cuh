@@ -94,11 +94,13 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 
 // ---- clusters: blocks that run at once and write each other's shared memory ----
 
+#ifndef SOPRANO_DEVICE_CUH  // which has it too
 __device__ __forceinline__ u32 cluster_rank() {
     u32 rank;
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     return rank;
 }
+#endif
 
 // All threads of the cluster that have not ended arrive and wait; stores before it are seen after it.
 __device__ __forceinline__ void cluster_sync() {
@@ -231,11 +233,13 @@ __device__ __forceinline__ void wgmma_registers(float (&d)[32], u32 a0, u32 a1, 
 
 // ---- arithmetic ----
 
+#ifndef SOPRANO_DEVICE_CUH
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+#endif
 
 // Two floats rounded to the 16-bit type, `low` in the lower half: the order of two neighbouring columns.
 __device__ __forceinline__ u32 pack_pair(float low, float high) {

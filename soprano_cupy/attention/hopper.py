@@ -192,6 +192,7 @@ _MAP_ALIGNMENT = 64
 _MAP_DTYPE = np.dtype([("bytes", np.uint8, (_MAP_BYTES,))])
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}
 _INTERLEAVE_NONE = 0
+_SWIZZLE_NONE = 0
 _SWIZZLE_128B = 3
 _L2_PROMOTION_256B = 3
 _FILL_ZERO = 0  # what lies outside the array reads as 0
@@ -199,12 +200,19 @@ _FILL_ZERO = 0  # what lies outside the array reads as 0
 
 @lru_cache(maxsize=512)
 def encode(
-    address: int, dtype: str, shape: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...]
+    address: int,
+    dtype: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    *,
+    swizzled: bool = True,
 ) -> np.ndarray:
     """One tensor map as a record that a kernel takes by value.
 
     shape and box: elements, innermost axis first; strides: bytes, of all axes but the innermost. Copies put the
-    rows of a box one after the other, 128 bytes each, with the 128-byte swizzle. Raises `DeviceError`.
+    rows of a box one after the other: 128 bytes each, with the 128-byte swizzle, or of any length as they lie
+    in memory. Raises `DeviceError`.
     """
     rank = len(shape)
     buffer = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
@@ -219,18 +227,27 @@ def encode(
         _array(ctypes.c_uint32, box),
         _array(ctypes.c_uint32, (1,) * rank),
         _INTERLEAVE_NONE,
-        _SWIZZLE_128B,
+        _SWIZZLE_128B if swizzled else _SWIZZLE_NONE,
         _L2_PROMOTION_256B,
         _FILL_ZERO,
     )
     if status:
         raise DeviceError(
             f"the driver refused a tensor map of shape {shape}, strides {strides}, box {box} at {address:#x} "
-            f"(error {status}); use attention standard, and report the shapes"
+            f"(error {status}); report the shapes, and use attention standard until then"
         )
     record = np.empty(1, _MAP_DTYPE)
     ctypes.memmove(record.ctypes.data, aligned, _MAP_BYTES)
     return record
+
+
+def driver_encodes() -> bool:
+    """Whether there is a driver that encodes tensor maps; without one there is no GPU to use them on either."""
+    try:
+        _encode_tiled()
+    except DeviceError:
+        return False
+    return True
 
 
 @cache

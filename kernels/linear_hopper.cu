@@ -1,0 +1,223 @@
+// Linear layers of many rows on Hopper (sm_90a): D (features x rows) = W X^T with the ends of linear_params.cuh.
+//
+// W is the left operand of wgmma and comes from registers: its packed order is that operand's own, so a stage of packed
+// weights arrives as it lies in memory and a lane reads its words of 16 x 16 weights in one 128-bit access. X is the right
+// operand, rows along N, as a copy with the 128-byte swizzle lays it into shared memory. Both copies go by tensor maps.
+//
+// One thread copies; three warps beside it work out the norm's factors; the other warpgroups compute. Blocks stay and
+// walk over tiles of BLOCK_FEATURES x TILE_ROWS. All tiles of a block pass through one ring of stages, in order. With
+// GROUPS = 2 the groups of warpgroups take every second tile: while one finishes its tile, the other has the tensor
+// cores.
+//
+// Compile-time: DTYPE_BF16 or DTYPE_FP16, END, NORM and RAGGED (linear_ends.cuh), GROUPS (1 or 2), WARPGROUPS (of a group, 64 * PRODUCTS features each),
+// PRODUCTS (1 or 2), TILE_ROWS (64, 96, 128, 192, 256), STAGES, BLOCKS (per multiprocessor), CONSUMER_REGISTERS and
+// PRODUCER_REGISTERS (both 0: as launched).
+// Launch: (GROUPS * WARPGROUPS + 1) * 128 threads, any grid along x.
+#include "device.cuh"
+#include "linear_params.cuh"
+#include "linear_ends.cuh"
+#include "hopper.cuh"
+#include "linear_hopper_products.cuh"
+#include "linear_hopper_tiles.cuh"
+#include "linear_hopper_ends.cuh"
+
+struct LinearHopperParams {
+    LinearParams linear;
+    TensorMap input;    // (rows or more, depth); boxes of TILE_ROWS x 64, swizzled
+    TensorMap weights;  // (packed tiles, depth / 16, 256); boxes of PACKED_TILES x 4 x 256
+};
+static_assert(sizeof(LinearHopperParams) == 384, "soprano_cupy/gpu/linear_hopper.py packs it");
+
+// ---- the copying thread ----
+
+struct Producer {
+    const TensorMap *input, *weights;
+    const Shared smem;
+    const Schedule schedule;
+
+    // Announces all bytes of a stage and requests its weights, which no other kernel writes. What lies past the ends of an
+    // array arrives as zeros, and counts as bytes.
+    __device__ __forceinline__ void load_weights(int stage, int tile, int step) const {
+        const u32 full = smem.full(stage);
+        mbarrier_arrive_expect(full, INPUT_BYTES + WEIGHT_BYTES);
+        tma_load_tiles(smem.weights + stage * WEIGHT_BYTES, weights, full, step * STEP_PRODUCTS,
+                       schedule.first_feature(tile) / TILE_FEATURES);
+    }
+    __device__ __forceinline__ void load_input(int stage, int tile, int step) const {
+        tma_load_rows(smem.input + stage * INPUT_BYTES, input, smem.full(stage), step * DEPTH_STEP,
+                      schedule.first_row(tile));
+    }
+    // Weights of the first tile for as many stages as there are.
+    __device__ __forceinline__ void begin() const {
+        if (schedule.tile(0) >= schedule.tiles) return;
+#pragma unroll 1
+        for (int step = 0; step < min(STAGES, schedule.steps); ++step) load_weights(step, schedule.tile(0), step);
+    }
+    // Everything else, once the input is there.
+    __device__ __forceinline__ void run() const {
+        int begun = min(STAGES, schedule.steps);
+        Slot slot(0);
+#pragma unroll 1
+        for (int turn = 0, tile; (tile = schedule.tile(turn)) < schedule.tiles; ++turn) {
+#pragma unroll 1
+            for (int step = 0; step < schedule.steps; ++step) {
+                if (begun > 0) {
+                    --begun;
+                } else {
+                    mbarrier_wait(smem.empty(slot.stage), slot.parity ^ 1);
+                    load_weights(slot.stage, tile, step);
+                }
+                load_input(slot.stage, tile, step);
+                slot.advance();
+            }
+        }
+    }
+};
+
+// ---- the norm's three warps: the factor of each row of a tile, from the partial sums of squares ----
+
+// Four lanes a row, as in all linear kernels; BATCH rows of a lane are asked for at once.
+__device__ __forceinline__ void measure_rows(const LinearParams& p, const Shared smem, const Schedule schedule) {
+    constexpr int LANES = 4, ROWS = NORM_THREADS / LANES, BATCH = 3;
+    const int lane = threadIdx.x % LANES, first = (threadIdx.x - 32) / LANES;
+#pragma unroll 1
+    for (int turn = 0, tile; (tile = schedule.tile(turn)) < schedule.tiles; ++turn) {
+        const int slot = turn % FACTOR_SLOTS;
+        mbarrier_wait(smem.factors_empty(slot), turn / FACTOR_SLOTS & 1 ^ 1);
+        const int first_row = schedule.first_row(tile);
+#pragma unroll 1
+        for (int start = first; start < TILE_ROWS; start += BATCH * ROWS) {
+            float partial[BATCH] = {};
+#pragma unroll 1
+            for (int i = lane; 4 * i < p.sum_tiles; i += LANES) {
+                float4 sums[BATCH];
+#pragma unroll
+                for (int k = 0; k < BATCH; ++k) {
+                    const int row = first_row + start + k * ROWS;
+                    sums[k] = load_square_sums(p, row, row < p.rows, i);
+                }
+#pragma unroll
+                for (int k = 0; k < BATCH; ++k) partial[k] += sum4(sums[k]);
+            }
+#pragma unroll
+            for (int k = 0; k < BATCH; ++k) {
+                const float factor = factor_of_sum(p, partial[k]);
+                const int row = start + k * ROWS;
+                if (lane == 0 && row < TILE_ROWS) store_shared<float>(smem.factor(slot, row), factor);
+            }
+        }
+        mbarrier_arrive(smem.factors_full(slot));
+    }
+}
+
+// ---- the warpgroups that compute ----
+
+using Fragments = u32[PART_PRODUCTS][PRODUCTS][4];
+
+// Weights of one part of a stage: each lane's words of its warp's 16-feature tiles.
+__device__ __forceinline__ void load_fragments(Fragments& a, u32 address) {
+#pragma unroll
+    for (int k = 0; k < PART_PRODUCTS; ++k)
+#pragma unroll
+        for (int n = 0; n < PRODUCTS; ++n) {
+            const uint4 words = load_shared<uint4>(address + n * PACKED_STEP_BYTES + k * PACKED_BYTES);
+            a[k][n][0] = words.x;
+            a[k][n][1] = words.y;
+            a[k][n][2] = words.z;
+            a[k][n][3] = words.w;
+        }
+}
+
+__device__ __forceinline__ void consume(const LinearParams& p, const Shared smem, const Schedule schedule, int consumer) {
+    const int group = consumer / WARPGROUPS, member = consumer % WARPGROUPS;
+    const int warp = threadIdx.x % WARPGROUP / 32, lane = threadIdx.x % 32;
+    const bool leader = lane == 0;
+    grid_dependency_wait();
+    const u32 fragments = smem.weights + (member * 4 + warp) * PRODUCTS * PACKED_STEP_BYTES + lane * 16;
+    const u64 input = descriptor_k_major(smem.input);
+    const int steps = schedule.steps;
+    constexpr int GROUP_BARRIER = 1 + CONSUMERS;  // of group 0; the first ones are the warpgroups' own
+    // A group enters the ring only when the other has passed through it: a parity tells two phases apart, not three.
+    if (GROUPS == 2 && group == 1) named_barrier_arrive(GROUP_BARRIER, CONSUMERS * WARPGROUP);
+
+#pragma unroll 1
+    for (int turn = group, index; (index = schedule.tile(turn)) < schedule.tiles; turn += GROUPS) {
+        const Place place{schedule.first_feature(index) + (member * 4 + warp) * WARP_FEATURES,
+                          schedule.first_feature(index) + member * WARPGROUP_FEATURES, schedule.first_row(index)};
+        End end(p, place);
+        float d_rmem[PRODUCTS][ACCUMULATORS];
+        Fragments a_rmem[STAGE_PARTS];
+        Slot slot(turn * steps);
+        int last = 0;
+        if (GROUPS == 2) named_barrier_sync(GROUP_BARRIER + group, CONSUMERS * WARPGROUP);
+
+        // D += W X^T, DEPTH_STEP deep. Two parts of a stage are under way: one's weights load while the other multiplies.
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            mbarrier_wait(smem.full(slot.stage), slot.parity);
+            const u32 weights = fragments + slot.stage * WEIGHT_BYTES;
+            const u64 b = input + slot.stage * (INPUT_BYTES >> 4);
+#pragma unroll
+            for (int part = 0; part < STAGE_PARTS; ++part) {
+                load_fragments(a_rmem[part], weights + part * PART_PRODUCTS * PACKED_BYTES);
+                products_fence();
+#pragma unroll
+                for (int k = 0; k < PART_PRODUCTS; ++k)
+#pragma unroll
+                    for (int n = 0; n < PRODUCTS; ++n)
+                        product(d_rmem[n], a_rmem[part][k][n], b + 2 * (part * PART_PRODUCTS + k), step + part + k > 0);
+                wgmma_commit();
+                products_wait<1>();  // the part before is done
+                if (part == 0 && step > 0 && leader) mbarrier_arrive(smem.empty(last));
+            }
+            last = slot.stage;
+            slot.advance();
+        }
+        if (GROUPS == 2) named_barrier_arrive(GROUP_BARRIER + (group ^ 1), CONSUMERS * WARPGROUP);
+        products_wait<0>();
+#pragma unroll
+        for (int n = 0; n < PRODUCTS; ++n) hold_accumulators(d_rmem[n]);
+        if (leader) mbarrier_arrive(smem.empty(last));
+
+        const int factor_slot = turn % FACTOR_SLOTS;
+        if (NORM) mbarrier_wait(smem.factors_full(factor_slot), turn / FACTOR_SLOTS & 1);
+        end.finish(p, place, smem.staging + consumer * STAGING_BYTES, smem.factor(factor_slot, 0), 1 + consumer, d_rmem);
+        if (NORM && leader) mbarrier_arrive(smem.factors_empty(factor_slot));
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    linear_hopper(const __grid_constant__ LinearHopperParams params) {
+    grid_dependency_launch();
+    const LinearParams& p = params.linear;
+    const Shared smem(shared_base());
+    const Schedule schedule(p);
+    const Producer producer{&params.input, &params.weights, smem, schedule};
+    if (threadIdx.x == 0) {
+        tma_prefetch_map(&params.weights);
+        tma_prefetch_map(&params.input);
+        for (int stage = 0; stage < STAGES; ++stage) {
+            mbarrier_init(smem.full(stage), 1);
+            mbarrier_init(smem.empty(stage), GROUP_WARPS);
+        }
+        for (int slot = 0; slot < FACTOR_SLOTS; ++slot) {
+            mbarrier_init(smem.factors_full(slot), NORM_THREADS);
+            mbarrier_init(smem.factors_empty(slot), GROUP_WARPS);
+        }
+        mbarrier_init_fence();
+        producer.begin();
+    }
+    __syncthreads();  // the barriers are ready
+
+    // The same in all lanes of a warp, and known to be so: roles are branches of whole warps.
+    const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
+    if (warpgroup == 0) {
+        if constexpr (PRODUCER_REGISTERS > 0) registers_release<PRODUCER_REGISTERS>();
+        grid_dependency_wait();
+        if (threadIdx.x == 0) producer.run();
+        if (NORM && threadIdx.x >= 32) measure_rows(p, smem, schedule);
+    } else {
+        if constexpr (CONSUMER_REGISTERS > 0) registers_claim<CONSUMER_REGISTERS>();
+        consume(p, smem, schedule, warpgroup - 1);
+    }
+}

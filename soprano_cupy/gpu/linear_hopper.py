@@ -1,0 +1,201 @@
+"""Plans of linear products of many rows on Hopper: `kernels/linear_hopper.cu`, its tiles, and its tensor maps.
+
+A variant is a compile-time shape of the kernel. `plan` takes the one with the shortest estimated time; the constants
+of that estimate and the table stand here, to be tuned from measurements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..attention.hopper import driver_encodes, encode
+from .launch import Launch
+from .linear import DEPTH_STEP, DTYPE_DEFINES, TILE_FEATURES, End, LinearRequest
+
+SOURCE = "linear_hopper.cu"
+KERNEL = "linear_hopper"
+CAPABILITY = (9, 0)  # wgmma and setmaxnreg exist on this architecture alone
+LEAST_ROWS = 128  # below this the kernels without wgmma serve as well
+
+PRODUCT_FEATURES = 64  # of one wgmma
+WARPGROUP = 128  # threads
+FRAGMENT_DEPTH = 16
+FRAGMENT_ELEMENTS = 256  # packed weights of 16 features and 16 columns, contiguous
+ELEMENT_BYTES = 2
+STAGING_BYTES = 10240  # of a warpgroup
+FACTOR_SLOTS = 2
+ALIGNMENT_BYTES = 1024
+MAP_BYTES = 128
+PARAMS_HEAD_BYTES = 128  # LinearParams, up to the first tensor map
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Compile-time shape of the kernel. A tile is `features` x `rows`."""
+
+    groups: int  # tiles under way in a block, each in the hands of its own warpgroups
+    warpgroups: int  # of a group
+    products: int  # of 64 features, side by side in a warpgroup
+    rows: int
+    stages: int  # of the ring, 64 deep
+    blocks: int = 1  # of a multiprocessor
+    consumer_registers: int = 0  # 0: as launched
+    producer_registers: int = 0
+
+    @property
+    def features(self) -> int:
+        return self.warpgroups * self.products * PRODUCT_FEATURES
+
+    @property
+    def consumers(self) -> int:
+        return self.groups * self.warpgroups
+
+    @property
+    def threads(self) -> int:
+        return (self.consumers + 1) * WARPGROUP
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.features + self.rows) * DEPTH_STEP * ELEMENT_BYTES
+
+    @property
+    def shared_bytes(self) -> int:
+        """Room to align, the ring, the staging areas, the norm's factors, the barriers."""
+        ring = self.stages * self.stage_bytes + self.consumers * STAGING_BYTES
+        return ALIGNMENT_BYTES + ring + FACTOR_SLOTS * self.rows * 4 + 8 * (2 * self.stages + 2 * FACTOR_SLOTS)
+
+    @property
+    def accumulators(self) -> int:
+        """Registers of a thread that hold sums."""
+        return self.products * self.rows // 2
+
+    def __str__(self) -> str:
+        return f"{self.features}x{self.rows} g{self.groups} w{self.warpgroups} s{self.stages} b{self.blocks}"
+
+    @property
+    def defines(self) -> tuple[tuple[str, int], ...]:
+        return (
+            ("GROUPS", self.groups),
+            ("WARPGROUPS", self.warpgroups),
+            ("PRODUCTS", self.products),
+            ("TILE_ROWS", self.rows),
+            ("STAGES", self.stages),
+            ("BLOCKS", self.blocks),
+            ("CONSUMER_REGISTERS", self.consumer_registers),
+            ("PRODUCER_REGISTERS", self.producer_registers),
+        )
+
+
+# Two warpgroups with 128 sums a thread take 224 registers each and leave 56; three take 152. One or two warpgroups with
+# fewer sums fit twice into a multiprocessor: one block's ends and first loads then hide behind the other's products.
+CANDIDATES = (
+    Variant(1, 1, 1, 64, 6, 2),  # 64 x 64
+    Variant(1, 1, 2, 64, 4, 2, 184, 56),  # 128 x 64
+    Variant(1, 1, 1, 128, 4, 2, 184, 56),  # 64 x 128
+    Variant(1, 2, 1, 64, 6, 1, 224, 56),  # 128 x 64, four stages and more for long depths
+    Variant(1, 2, 1, 128, 6, 1, 224, 56),  # 128 x 128
+    Variant(1, 3, 1, 128, 4, 1, 152, 56),  # 192 x 128
+    Variant(2, 1, 1, 128, 7, 1, 224, 56),  # 64 x 128, two tiles
+    Variant(2, 1, 2, 128, 6, 1, 224, 56),  # 128 x 128, two tiles
+    Variant(2, 1, 1, 256, 4, 1, 224, 56),  # 64 x 256, two tiles
+    Variant(1, 2, 1, 256, 4, 1, 224, 56),  # 128 x 256
+    Variant(1, 2, 2, 128, 4, 1, 224, 56),  # 256 x 128
+    Variant(1, 3, 1, 192, 3, 1, 152, 56),  # 192 x 192
+)
+
+# The estimate, in cycles of a multiprocessor.
+PRODUCTS_A_CYCLE = 2048  # multiply-adds, 16-bit
+BYTES_A_CYCLE = 48.0  # from the L2 cache into shared memory
+START_CYCLES = 1800.0  # until the first product: barriers, the first copies
+TURN_CYCLES = 300.0  # between the tiles of a block
+END_CYCLES = {End.STORE: 0.10, End.SWIGLU: 0.12, End.RESIDUAL: 0.25, End.GELU: 0.20, End.ADD: 0.20}  # of one element
+
+
+def refusal(request: LinearRequest) -> str | None:
+    """Why this kernel cannot serve the request, as one line; None when it can."""
+    if request.capability != CAPABILITY:
+        return f"wgmma needs compute capability 9.0, not {request.capability[0]}.{request.capability[1]}"
+    if request.dtype not in DTYPE_DEFINES:
+        return f"the Hopper product takes float16 and bfloat16, not {request.dtype}"
+    if request.most_rows < LEAST_ROWS:
+        return f"{request.most_rows} rows are fewer than the {LEAST_ROWS} that pay"
+    if request.weights % 16 or request.input % 16 or request.input_stride % 8:
+        return "weights, input and the input's rows must begin at multiples of 16 bytes"
+    if request.end in (End.RESIDUAL, End.ADD) and (request.residual % 16 or request.residual_stride % 4):
+        return "the residual's rows must begin at multiples of 16 bytes"
+    step = {End.GELU: 8, End.SWIGLU: 8, End.RESIDUAL: 4}.get(request.end, 1)
+    if request.output % 16 or request.output_stride % step:
+        return f"the output's rows must begin at multiples of {step} elements"
+    return None
+
+
+def serves(variant: Variant, end: End) -> bool:
+    """Whether the variant has registers enough for this end."""
+    return end != End.RESIDUAL or variant.consumers < 3
+
+
+def estimate(variant: Variant, request: LinearRequest) -> float:
+    """Microseconds, roughly: what the table is ordered by."""
+    columns, rows = -(-request.features // variant.features), -(-request.most_rows // variant.rows)
+    tiles = columns * rows
+    turns = -(-tiles // (request.multiprocessors * variant.blocks))
+    sharing = min(variant.blocks, -(-tiles // request.multiprocessors))  # blocks at work on a multiprocessor
+    multiply = variant.features * variant.rows * DEPTH_STEP / PRODUCTS_A_CYCLE
+    load = variant.stage_bytes / BYTES_A_CYCLE
+    main = request.padded_depth // DEPTH_STEP * max(multiply, load) * sharing
+    end = variant.features * variant.rows * END_CYCLES[request.end] / variant.warpgroups
+    hidden = variant.groups > 1 or sharing > 1
+    body = turns * (max(main, end) if hidden else main + end) + (end if hidden else 0.0)
+    return (START_CYCLES + body + (turns - 1) * TURN_CYCLES) / 1700.0
+
+
+def choose(request: LinearRequest) -> Variant:
+    """The variant with the shortest estimated time."""
+    return min((v for v in CANDIDATES if serves(v, request.end)), key=lambda v: estimate(v, request))
+
+
+def plan(request: LinearRequest, variant: Variant | None = None) -> Launch | None:
+    """The launch of a product; None where `refusal` names a reason.
+
+    variant: instead of the chosen one. The input's map covers `request.most_rows` rows: the buffer must have them,
+    whatever they hold. Where there is no CUDA driver the maps are blank, and the launch is fit for compiling only.
+    """
+    if refusal(request) is not None:
+        return None
+    variant = variant or choose(request)
+    tiles = -(-request.features // variant.features) * -(-request.most_rows // variant.rows)
+    blocks = min(tiles, request.multiprocessors * variant.blocks)
+    return Launch(
+        source=SOURCE,
+        kernel=KERNEL,
+        defines=(*request.defines, *variant.defines),
+        grid=(blocks, 1, 1),
+        threads=variant.threads,
+        shared_bytes=variant.shared_bytes,
+        params=request.params().ljust(PARAMS_HEAD_BYTES, b"\0") + b"".join(_maps(request, variant)),
+        fields=request.fields(),
+        specific=True,
+    )
+
+
+def _maps(request: LinearRequest, variant: Variant) -> tuple[bytes, bytes]:
+    """Records of the tensor maps of the input and of the weights. Columns past the true depth arrive as zeros."""
+    if not driver_encodes():
+        return bytes(MAP_BYTES), bytes(MAP_BYTES)
+    fragments, run_bytes = request.padded_depth // FRAGMENT_DEPTH, FRAGMENT_ELEMENTS * ELEMENT_BYTES
+    rows = encode(
+        request.input,
+        request.dtype,
+        (request.depth, request.most_rows),
+        (request.input_stride * ELEMENT_BYTES,),
+        (DEPTH_STEP, variant.rows),
+    )
+    weights = encode(
+        request.weights,
+        request.dtype,
+        (FRAGMENT_ELEMENTS, fragments, request.feature_tiles),
+        (run_bytes, fragments * run_bytes),
+        (FRAGMENT_ELEMENTS, DEPTH_STEP // FRAGMENT_DEPTH, variant.features // TILE_FEATURES),
+        swizzled=False,
+    )
+    return rows.tobytes(), weights.tobytes()
