@@ -94,7 +94,7 @@ def register_ceiling(launch: Launch) -> int:
     constants = dict(launch.defines)
     if launch.source == "linear_tiles.cu":
         return min(255, REGISTERS // launch.threads // constants["MIN_BLOCKS"] // 8 * 8)
-    one_voice = constants["COLUMNS"] == 1 and constants["DEPTH"] <= 64 * constants["WARPS"]
+    one_voice = constants["COLUMNS"] * constants["FEATURE_TILES"] == 1 and constants["DEPTH"] <= 512
     return 64 if one_voice else 128
 
 

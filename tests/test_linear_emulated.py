@@ -56,7 +56,7 @@ def run(case: LinearCase, shape: Shape, arch: int = 800, **sabotage: int) -> Non
 
 @pytest.mark.parametrize(("case", "shape", "arch"), CASES, ids=[f"{type(s).__name__}-{c}" for c, s, _ in CASES])
 def test_every_end_is_within_the_bound(case: LinearCase, shape: Shape, arch: int) -> None:
-    expected = case.expected
+    expected = case.expected()
     run(case, shape, arch)
     assert_as_expected(case, expected, lambda name: case.arrays[name])
 
