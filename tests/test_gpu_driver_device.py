@@ -187,7 +187,7 @@ def test_mapped_memory_is_awaited(cp: Any, stream: Any) -> None:
     from soprano_cupy.gpu._driver import MappedMemory
 
     memory = MappedMemory(64)
-    words = np.frombuffer(memory, np.int32)
+    words = np.frombuffer(memory.view(), np.int32)
     nothing = cp.zeros(1, np.int32)
     busy = chain(nothing, nothing, 0, delay=200_000, rows=1)
     for count in range(1, 101):

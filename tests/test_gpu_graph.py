@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def fake(build: Callable[..., FakeDriver]) -> Iterator[FakeDriver]:
     yield from use(build())
 
 
-def program(fake: FakeDriver, *launches: Launch, programmatic: bool = False) -> driver.Program:
+def program(fake: FakeDriver, *launches: Launch, programmatic: bool = False) -> Any:
     functions = list(range(1, len(launches) + 1))
     fake.takes(functions, list(launches))
     return driver.Program(launches, functions, programmatic=programmatic)

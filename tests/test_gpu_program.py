@@ -130,7 +130,7 @@ def test_programmatic_launches_need_gpu_and_driver(
 
 
 def test_a_program_keeps_its_kernels(fake: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive = []
+    alive: list[int] = []
 
     class Watched(FakeKernel):
         def __del__(self) -> None:

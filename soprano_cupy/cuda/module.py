@@ -165,6 +165,7 @@ def _load(function: str, source_name: str, defines: Sequence[tuple[str, int]], d
 
     key = (source_name, defines, device, specific)
     with cupy.cuda.Device(device):
+        cupy.cuda.runtime.free(0)  # a thread that has not used the device yet has no context to load into
         if key not in _modules:
             cubin = build(source_name, defines, device_facts(device).capability, specific=specific)
             module = cupy.cuda.function.Module()

@@ -35,7 +35,7 @@ class Program:
         functions: Iterable[int],
         *,
         programmatic: bool = False,
-        keep: Sequence[object] = (),
+        keep: object = (),
     ) -> None: ...
     def __len__(self) -> int: ...
     def run(

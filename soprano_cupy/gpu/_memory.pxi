@@ -4,9 +4,9 @@
 cdef class MappedMemory:
     """Zeroed host memory that never leaves its place and that the GPU reads and writes in place.
 
-    Supports the buffer protocol: numpy.frombuffer(memory, dtype). A kernel that writes here for `wait` makes its
-    writes visible to the host in order: __threadfence_system() before the word is stored.
-    It must outlive the work that uses it.
+    numpy.frombuffer(memory.view(), dtype) is an array on it, which keeps it. It must outlive the GPU's work with it.
+    A kernel that writes here for `wait` makes its writes visible to the host in order: __threadfence_system() before
+    the word is stored.
     """
 
     cdef const Driver *driver
