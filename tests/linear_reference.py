@@ -130,7 +130,7 @@ class LinearCase:
         )  # fmt: skip
 
     def expected(self, rows: Array | None = None) -> dict[str, Bounded]:
-        """Every array that the kernel writes, in some rows (all in use); call it before the launch, which changes some."""
+        """Every array that the kernel writes, in some rows (else all in use); call it before the launch."""
         rows = np.arange(self.rows) if rows is None else rows
         product = self._product(rows)
         if self.end is End.SWIGLU:
