@@ -9,7 +9,8 @@
 // and W = exp(2 pi i k / N_FFT), the points z[k] = (X[k] + X*[M - k]) + i W (X[k] - X*[M - k]) become the samples
 // (x[2n], x[2n + 1]) N_FFT.
 //
-// Compile-time: N_FFT, a power of two from 64 to 4,096; FRAMES transformed at a time. Launch
+// Compile-time: N_FFT, a power of two from 64 to 4,096; FRAMES transformed at a time; RESIDENT, thread blocks that a
+// multiprocessor should hold. Launch
 // (soprano_cupy/gpu/vocos_plan.py): a thread block of THREADS for each span, FRAMES * FRAME_BYTES of shared memory.
 #include "device.cuh"
 #include "vocos_fft.cuh"
@@ -20,8 +21,8 @@ constexpr int PARTS = 4;  // hops of a frame
 constexpr int WORKERS = FRAMES * BUTTERFLIES;
 constexpr int THREADS = WORKERS < WARP_LANES ? WARP_LANES : WORKERS;
 constexpr int SAMPLES = (HOP + THREADS - 1) / THREADS;  // of a hop, that a thread adds up
-constexpr float MAX_MAGNITUDE = 100.0f;  // the model's clip of every bin
-constexpr float MAX_LOG2 = 7.0f;         // above log2 of it: the exponential does not overflow
+constexpr float MAX_MAGNITUDE = 100.0f;                 // the model's clip of every bin
+constexpr float MAX_LOG2 = 7.0f;                        // above log2 of it: the exponential does not overflow
 
 // (cos, sin) of an angle in turns, error below 1e-7. Whole turns go first, which is exact at any size.
 DEVICE float2 unit_vector(float turns) {
@@ -125,7 +126,8 @@ struct Sums {
     }
 
     // Hop `ahead` from the front, divided by the sum of the squared windows of those of its frames that exist.
-    DEVICE void write(int ahead, int hop, const VocosSpan& span, const VocosIstftParams& params) const {
+    DEVICE void write(int ahead, int hop, const VocosSpan& span, const VocosOutput& output,
+                      const float* inverse) const {
         if (hop < span.first_hop || hop >= span.end_hop) return;
         int existing = 0;
 #pragma unroll
@@ -136,9 +138,9 @@ struct Sums {
 #pragma unroll
         for (int i = 0; i < SAMPLES; ++i) {
             if (!exists(i)) continue;
-            const float value = hops[i][ahead] * load_global<float>(params.inverse + existing * HOP + place(i));
-            if (params.samples != nullptr) store_global(params.samples + start + place(i), value);
-            if (params.pcm != nullptr) store_global(params.pcm + start + place(i), to_pcm(value));
+            const float value = hops[i][ahead] * load_global<float>(inverse + existing * HOP + place(i));
+            if (output.samples != nullptr) store_global(output.samples + start + place(i), value);
+            if (output.pcm != nullptr) store_global(output.pcm + start + place(i), to_pcm(value));
         }
     }
 
@@ -175,10 +177,17 @@ DEVICE VocosSpan load_span(const VocosSpan* spans) {
             static_cast<int>(high.x), static_cast<int>(high.y), static_cast<int>(high.z), static_cast<int>(high.w)};
 }
 
+DEVICE VocosOutput load_output(const VocosOutput* output) {
+    const uint4 v = load_global_fresh<uint4>(output);
+    return {reinterpret_cast<float*>(static_cast<unsigned long long>(v.y) << 32 | v.x),
+            reinterpret_cast<short*>(static_cast<unsigned long long>(v.w) << 32 | v.z)};
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     vocos_istft(const __grid_constant__ VocosIstftParams params) {
     grid_dependency_launch();
     const VocosSpan span = load_span(params.spans);
+    const VocosOutput output = load_output(params.output);
     Sums sums;
     grid_dependency_wait();
 
@@ -207,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
         }
         sync_block();  // the samples are read
 #pragma unroll
-        for (int i = 0; i < FRAMES; ++i) sums.write(i, first + i, span, params);
+        for (int i = 0; i < FRAMES; ++i) sums.write(i, first + i, span, output, params.inverse);
         sums.advance(count);
     }
     if (span.keep >= 0) sums.keep(params.open + static_cast<long long>(span.keep) * OPEN);

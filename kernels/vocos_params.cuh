@@ -1,4 +1,4 @@
-// What the Vocos decoder's own kernels are given: which row is which frame of which voice. soprano_cupy/gpu/vocos_rows.py
+// What the Vocos decoder's own kernels are given: which row is which frame of which voice. soprano_cupy/gpu/vocos_tables.py
 // packs the tables and soprano_cupy/gpu/vocos_plan.py the parameters.
 //
 // Frames of all voices stand one under the other, a row each; a segment is the consecutive frames of one voice. Frames
@@ -66,18 +66,23 @@ struct VocosSpan {
     int output;       // hops before first_hop in the output
 };
 
+// Where samples go; either may be null.
+struct alignas(16) VocosOutput {
+    float* samples;  // about -1 to 1
+    short* pcm;      // the same as 16-bit integers
+};
+
 // vocos_istft.cu
 struct VocosIstftParams {
     const float*
         spectrum;  // (rows, N_FFT): for each bin below N_FFT / 2 log2 of its magnitude, then its phase in turns
-    const VocosSpan* spans;  // one a thread block
-    const float* window;     // (N_FFT,), divided by N_FFT
-    const float* inverse;    // (16, N_FFT / 4): 1 / sum of the squared windows over a hop; bit p of the first
-                             // index says that the frame exists whose part p the hop is
-    const float* roots;      // (N_FFT / 2, 2): exp(2 pi i k / N_FFT)
-    float* open;             // (2 slots, 3, N_FFT / 4): sums that later frames will add to; streams
-    float* samples;          // -1 to 1, or null
-    short* pcm;              // the same as 16-bit integers, or null
-    int row_stride;          // of the spectrum
+    const VocosSpan* spans;     // one a thread block
+    const float* window;        // (N_FFT,), divided by N_FFT
+    const float* inverse;       // (16, N_FFT / 4): 1 / sum of the squared windows over a hop; bit p of the first
+                                // index says that the frame exists whose part p the hop is
+    const float* roots;         // (N_FFT / 2, 2): exp(2 pi i k / N_FFT)
+    float* open;                // (2 slots, 3, N_FFT / 4): sums that later frames will add to; streams
+    const VocosOutput* output;  // in device memory, as the tables are
+    int row_stride;             // of the spectrum
     int reserved;
 };

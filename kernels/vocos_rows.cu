@@ -9,7 +9,7 @@
 //   vocos_norm                the norm before the head
 //
 // Compile-time: DTYPE_FP16; DIM, INPUT_SIZE (multiples of 8); EMBED_KERNEL, BLOCK_KERNEL (odd); ROWS of a thread block
-// (1, 2, 4 or 8). Launch (soprano_cupy/gpu/vocos_plan.py): ceil(rows / ROWS) blocks of THREADS threads, of STATE_THREADS
+// (1, 2, 4 or 8); STREAM, whether the voices are streams. Launch (soprano_cupy/gpu/vocos_plan.py): ceil(rows / ROWS) blocks of THREADS threads, of STATE_THREADS
 // for the first two, with NORM_SHARED_BYTES of shared memory.
 #include "device.cuh"
 #include "vocos_norm.cuh"
@@ -155,6 +155,8 @@ DEVICE void store_elements(const VocosRowsParams& params, int first, const float
     }
 }
 
+#if STREAM == 0
+
 // output[row] = norm(bias + sum of taps * input of the frames around the row's). A window's frame beside the row is in the
 // row beside it; where the launch does not have it, the result is not used.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -192,6 +194,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     layer_norm(x, weights.gain, weights.shift, params.epsilon);
     store_elements(params, first, x);
 }
+
+#else
 
 // The same for a stream, MARGIN frames behind its input: the window of row r is rows r - 2 MARGIN to r, and what lies
 // before the segment's first comes from the history. Also delayed[row] = input of the row's frame, for the block's
@@ -249,6 +253,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     layer_norm(x, weights.gain, weights.shift, params.epsilon);
     store_elements(params, first, x);
 }
+
+#endif
 
 // output[row] = norm(input[row])
 extern "C" __global__ void __launch_bounds__(THREADS) vocos_norm(const __grid_constant__ VocosRowsParams params) {
