@@ -2,8 +2,8 @@
 
     python benchmarks/linear.py [--rows 1,8,64,...] [--only qkv,down,...] [--sweep] [--dtype float16] [--out FILE]
 
-Each product is checked against CuPy in float32, then timed: microseconds of one launch inside a replayed CUDA graph whose
-launches follow each other as in a decode step (programmatic dependent launches where the GPU has them) and rotate
+Each product is checked against CuPy in float32, then timed: microseconds of one launch inside a replayed CUDA graph
+whose launches follow each other as in a decode step (programmatic dependent launches where the GPU has them) and rotate
 through copies of the weights that together exceed the L2 cache. TFLOP/s and GB/s come with their share of what this GPU
 reaches with a large cuBLAS product and a large copy. `peer` is cupy.matmul alone, without norm, bias or end, launched
 from Python: at few rows its time is Python's.
@@ -125,9 +125,10 @@ class Arrays:
             gate, up = y[:, : p.columns], y[:, p.columns :]
             return gate / (1 + cp.exp(-gate)) * up
         if p.end is End.GELU:
-            from cupyx.scipy.special import erf
-
-            return 0.5 * y * (1 + erf(y / np.sqrt(2, dtype=np.float32)))
+            gelu = cp.ElementwiseKernel(
+                "float32 x", "float32 y", "y = 0.5f * x * (1.0f + erff(x * 0.70710678f))", "gelu"
+            )
+            return gelu(y)
         if p.end is End.STORE:
             return y
         y += self.residual[rows]
@@ -235,7 +236,7 @@ class Benchmark:
                 limit,
                 limit / ours.median,
                 {"cublas": peer.median},
-            )  # fmt: skip
+            )
         )
         tflops, gigabytes = arrays.flops / ours.median / 1e6, arrays.moved_bytes / ours.median / 1e3
         show(
