@@ -278,6 +278,21 @@ def test_a_checked_run_waits_after_each_launch(fake: FakeDriver) -> None:
         built.run(STREAM, checked=True)
 
 
+def test_a_profile_has_a_time_for_each_launch(fake: FakeDriver) -> None:
+    grid = (Blocks(Symbol.ROWS, 2), 1, 1)
+    built = program(fake, launch(kernel="first", grid=grid), launch(kernel="second"))
+    assert built.profile(STREAM, rows=5) == [("first", 1500.0), ("second", 1500.0)]
+    assert [record.grid[0] for record in fake.records()] == [3, 1]
+    assert fake.calls("cuEventRecord") == 3
+    fake.fail("cuLaunchKernelEx", 700, skip=1)
+    with pytest.raises(DeviceError, match=r"launch 1 of 2 \(second\)"):
+        built.profile(STREAM)
+    with pytest.raises(ParameterError, match="each is 0 to"):
+        built.profile(STREAM, rows=-1)
+    built.run(STREAM)  # the turn was given back
+    assert fake.number("events") == 0
+
+
 def test_a_context_is_needed_once_and_brought_along(fake: FakeDriver) -> None:
     fake.enter(0)
     with pytest.raises(DeviceError, match=r"cupy\.cuda\.Device\(n\)\.use"):

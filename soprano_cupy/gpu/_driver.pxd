@@ -59,7 +59,9 @@ cdef extern from "cuda_driver.h" nogil:
         Status (*host_free)(void *memory) noexcept nogil
         Status (*host_device_pointer)(Address *address, void *memory, unsigned int flags) noexcept nogil
         Status (*copy)(Address target, Address source, size_t nbytes, Stream stream) noexcept nogil
-        Status (*launch_ex)(const LaunchConfig *config, Function function, void **arguments, void **extra) noexcept nogil
+        Status (*launch_ex)(
+            const LaunchConfig *config, Function function, void **arguments, void **extra
+        ) noexcept nogil
         Status (*active_clusters)(int *clusters, Function function, const LaunchConfig *config) noexcept nogil
         Status (*graph_edges)(
             GraphHandle graph, GraphNode *sources, GraphNode *targets, EdgeData *data, size_t *count
@@ -108,6 +110,7 @@ cdef extern from "program.h" nogil:
     uint32_t step_cluster(const Step *step)
     int64_t rule_blocks(const Rule *rule, const int32_t *symbols)
     int plan_resolve(Plan *plan, const int32_t *symbols, int *bad)
+    Status step_launch(Step *step, const Driver *driver, Stream stream)
     Status plan_launch(Plan *plan, const Driver *driver, Stream stream, int checked, int *at)
 
 

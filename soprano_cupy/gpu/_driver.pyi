@@ -48,6 +48,9 @@ class Program:
         *,
         checked: bool = False,
     ) -> None: ...
+    def profile(
+        self, stream: int, rows: int = 0, sequences: int = 0, longest: int = 0, spare: int = 0
+    ) -> list[tuple[str, float]]: ...
     def grids(
         self, rows: int = 0, sequences: int = 0, longest: int = 0, spare: int = 0
     ) -> list[tuple[int, int, int]]: ...

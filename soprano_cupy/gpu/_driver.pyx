@@ -1,4 +1,4 @@
-# cython: language_level=3, boundscheck=False, wraparound=False
+# cython: language_level=3
 """A thin binding of CUDA's driver: programs of kernel launches, graphs, events, mapped memory, occupancy.
 
 libcuda is opened at the first use, so the module builds and imports on machines without CUDA. CuPy owns context,

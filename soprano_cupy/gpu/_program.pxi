@@ -177,6 +177,33 @@ cdef class Program:
             "give it a smaller batch"
         )
 
+    def profile(self, size_t stream, rows=0, sequences=0, longest=0, spare=0):
+        """Run once with an event around each launch: (kernel, GPU microseconds) of each, in order.
+
+        Launches do not overlap then, and each figure has the events' own microsecond or so in it.
+        """
+        cdef int32_t symbols[4]
+        cdef int i, at = 0, pushed = 0
+        cdef Status status
+        read_symbols(symbols, (rows, sequences, longest, spare))
+        events = [Event(timing=True) for _ in range(len(self) + 1)]
+        with nogil:
+            pthread_mutex_lock(&self.mutex)
+        try:
+            if plan_resolve(&self.plan, symbols, &at):
+                raise self._unfit(symbols, at)
+            check(self.driver, driver_enter(self.driver, self.context, &pushed), "entering its context")
+            events[0].record(stream)
+            for i in range(len(self)):
+                status = step_launch(&self.plan.steps[i], self.driver, <Stream>stream)
+                check(self.driver, status, f"launch {i} of {len(self)} ({self.names[i]})")
+                events[i + 1].record(stream)
+        finally:
+            driver_leave(self.driver, pushed)
+            pthread_mutex_unlock(&self.mutex)
+        events[-1].synchronize()
+        return [(name, end.elapsed_ms(start) * 1e3) for name, start, end in zip(self.names, events, events[1:])]
+
     def grids(self, rows=0, sequences=0, longest=0, spare=0):
         """The grid (x, y, z) of every launch for these symbols."""
         cdef int32_t symbols[4]

@@ -54,8 +54,9 @@ int plan_resolve(Plan* plan, const int32_t* symbols, int* bad) {
     return 0;
 }
 
-static Status launch(const Driver* driver, Step* step) {
-    const LaunchConfig* c = &step->config;
+Status step_launch(Step* step, const Driver* driver, Stream stream) {
+    LaunchConfig* c = &step->config;
+    c->stream = stream;
     if (driver->launch_ex) return driver->launch_ex(c, step->function, step->arguments, NULL);
     return driver->launch(step->function, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2],
                           c->shared_bytes, c->stream, step->arguments, NULL);
@@ -63,9 +64,7 @@ static Status launch(const Driver* driver, Step* step) {
 
 Status plan_launch(Plan* plan, const Driver* driver, Stream stream, int checked, int* at) {
     for (int i = 0; i < plan->step_count; i++) {
-        Step* step = &plan->steps[i];
-        step->config.stream = stream;
-        Status status = launch(driver, step);
+        Status status = step_launch(&plan->steps[i], driver, stream);
         if (checked && status == SUCCESS) status = driver->stream_synchronize(stream);
         if (status != SUCCESS) {
             *at = i;

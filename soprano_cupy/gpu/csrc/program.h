@@ -43,6 +43,8 @@ int64_t rule_blocks(const Rule* rule, const int32_t* symbols);
 // exceed the machine's limits or is no whole number of clusters.
 int plan_resolve(Plan* plan, const int32_t* symbols, int* bad);
 
+Status step_launch(Step* step, const Driver* driver, Stream stream);
+
 // Launches every step on the stream, up to the first error, whose step is left in `at`. checked: waits after each step, so
 // that a kernel's own fault is known as its own.
 Status plan_launch(Plan* plan, const Driver* driver, Stream stream, int checked, int* at);
