@@ -1,0 +1,255 @@
+// Attention of a decode step: one new token for each row, its head norms, rotation and cache write included.
+//
+//   q, k = rope(norm(raw)); cache[position] = k, v; out = softmax(scale q K^T) V over the keys 0 .. position
+//
+// The arithmetic on keys and values is that of attention_decode.cu, from the same headers: splits by the sequence's own
+// length, each reduced from a fresh state, merged in order. Which thread blocks do it changes no bit.
+//
+// Between memory and arithmetic stand only two waits. Before grid_dependency_wait the block guesses slot and position
+// (what it reads may be a step old), asks for those keys and values in the second-level cache, and clears what it
+// will not fill. Behind the wait it reads slot and position afresh, both at once since the slot is hardly ever another
+// than guessed, starts the copies of the keys and values before the newest, and turns raw products into queries while
+// those are on their way. The newest key and value go from registers to shared memory; nobody reads them from the cache
+// in this step.
+//
+// Compile-time: HEAD_DIM 32, 64 or 128; GROUP; CAUSAL 0; DTYPE_FP16 or DTYPE_BF16; TILE_ROWS 8, 16 or 32; STAGES 1 or 2;
+// CLUSTER: thread blocks of a cluster, which then are the blocks of a sequence; 1: none.
+// Launch (soprano_cupy/gpu/step.py): grid (row groups x splits, num_kv_heads, rows), HEAD_DIM threads.
+#include "attention_params.cuh"
+#include "device.cuh"
+#include "softmax_state.cuh"
+#include "decode_tile.cuh"
+#include "decode_mma.cuh"
+#include "decode_state.cuh"
+#include "step_params.cuh"
+#include "step_newest.cuh"
+#include "step_merge.cuh"
+
+// Shared memory, in bytes; soprano_cupy/gpu/step.py counts the same.
+constexpr int SCORE_BYTES = MATRIX_ROWS * SCORE_STRIDE * 4;
+constexpr int VALUES_AT = WARPS * WARP_TILE_BYTES;  // behind the keys
+constexpr int STAGE_BYTES = VALUES_AT + WARPS * WARP_TILE_BYTES;
+constexpr int SCORES_AT = STAGES * STAGE_BYTES;  // two buffers
+constexpr int NEWEST_AT = SCORES_AT + 2 * SCORE_BYTES;
+constexpr int ARRIVAL_AT = NEWEST_AT + NEWEST_BYTES;  // a word
+constexpr int QUERIES_AT = ARRIVAL_AT + 16;
+// STATE_BYTES of a block that takes all splits, or of a cluster SPLIT_BYTES for each split
+constexpr int TOTAL_AT = QUERIES_AT + TILE_ROWS * QUERY_STRIDE;
+
+constexpr int WARPS_PER_MULTIPROCESSOR = TILE_ROWS == 8 ? 16 : TILE_ROWS == 16 ? 12 : 8;
+
+constexpr int LINE_BYTES = 128;
+constexpr int HEAD_LINES = HEAD_DIM * 2 > LINE_BYTES ? HEAD_DIM * 2 / LINE_BYTES : 1;
+
+// Keys and values of one sequence and key-value head.
+struct Cached {
+    Element *keys, *values;
+    long long token_stride;
+
+    DEVICE Cached(const AttentionStepParams& params, int slot) {
+        token_stride = static_cast<long long>(gridDim.y) * HEAD_DIM;
+        const long long offset = slot * params.capacity * token_stride + blockIdx.y * HEAD_DIM;
+        keys = static_cast<Element*>(params.keys) + offset;
+        values = static_cast<Element*>(params.values) + offset;
+    }
+    DEVICE void prefetch(int first, int count) const {
+        for (int i = threadIdx.x; i < BLOCK_KEYS * HEAD_LINES; i += THREADS) {
+            const int key = first + i / HEAD_LINES;
+            if (key >= count) continue;
+            const long long offset = key * token_stride + i % HEAD_LINES * (LINE_BYTES / 2);
+            prefetch_l2(keys + offset);
+            prefetch_l2(values + offset);
+        }
+    }
+};
+
+// What the blocks of one sequence share out. In a cluster every split has a block, as far as those go: merging costs less
+// there than a second split does.
+DEVICE int count_shares(const Splits& splits, int thread_blocks) {
+    if (CLUSTER == 1) return splits.shares(thread_blocks);
+    return splits.count < thread_blocks ? splits.count : thread_blocks;
+}
+
+// A row's slot and the place of its new token; slot -1: nothing to do.
+struct Place {
+    int slot, position;
+
+    DEVICE static Place guess(const AttentionStepParams& params) {
+        Place place{load_global_fresh<int>(params.slot_of_row + blockIdx.z), 0};
+        if (place.slot >= 0) place.position = load_global_fresh<int>(&params.slots[place.slot].position);
+        if (place.position < 0 || place.position >= params.capacity) place.position = 0;
+        return place;
+    }
+    DEVICE static Place read(const AttentionStepParams& params, const Place& guessed) {
+        Place place{load_global_fresh<int>(params.slot_of_row + blockIdx.z), 0};
+        if (guessed.slot >= 0) place.position = load_global_fresh<int>(&params.slots[guessed.slot].position);
+        if (place.slot >= 0 && place.slot != guessed.slot) {
+            place.position = load_global_fresh<int>(&params.slots[place.slot].position);
+        }
+        if (place.position < 0 || place.position >= params.capacity) place = {-1, 0};
+        return place;
+    }
+};
+
+DEVICE AttentionParams workspace_params(const AttentionStepParams& params) {
+    AttentionParams p;
+    p.seqlen_q = 1;
+    p.seqlen_k = params.capacity;
+    p.workspace = params.workspace;
+    return p;
+}
+
+DEVICE void store_rows(const AttentionStepParams& params, int first_row, const RowState (&state)[HELD_ROWS]) {
+#pragma unroll
+    for (int i = 0; i < HELD_ROWS; ++i) {
+        const int head = first_row + held_row(i);
+        if (head >= GROUP) continue;
+        const long long row = static_cast<long long>(blockIdx.z) * params.attended_stride;
+        store_output(static_cast<Element*>(params.attended) + row + (blockIdx.y * GROUP + head) * HEAD_DIM +
+                         warp_index() * WARP_DIMS,
+                     state[i].acc, state[i].softmax.inverse_sum());
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR / WARPS)
+    attention_step(const __grid_constant__ AttentionStepParams params) {
+    grid_dependency_launch();
+#if CLUSTER > 1
+    cluster_arrive();  // matched below: by then every block of the cluster has begun, and its shared memory is there
+#endif
+    const int row_group = GROUP <= TILE_ROWS ? 0 : blockIdx.x / params.splits;
+    const int share = blockIdx.x - row_group * params.splits;  // takes the splits share, share + shares, ...
+    const unsigned smem = shared_base(), first_stage = smem + warp_index() * WARP_TILE_BYTES;
+
+    Newest newest(params, row_group);
+    newest.clear_unused(smem + QUERIES_AT);
+    const Place guessed = Place::guess(params);
+    float4 angles = load_angles(params.rope, guessed.position);
+    if (guessed.slot >= 0) {
+        const Cached cached(params, guessed.slot);
+        const Splits splits(guessed.position + 1);
+        const int shares = count_shares(splits, params.splits);
+        int block = share << splits.shift;
+#pragma unroll
+        for (int stage = 0; stage < STAGES; ++stage) {
+            if (share < shares && block < splits.blocks) cached.prefetch(block * BLOCK_KEYS, guessed.position);
+            block = splits.after(block, shares);
+        }
+    }
+
+    grid_dependency_wait();
+    newest.ask(0);
+    const Place place = Place::read(params, guessed);
+    const int position = place.position;  // keys before this one are in the cache
+    const Splits splits(position + 1);
+    const int shares = count_shares(splits, params.splits);
+    if (place.slot < 0 || share >= shares) {
+#if CLUSTER > 1
+        cluster_wait();
+        cluster_arrive();
+#endif
+        return;
+    }
+    const Cached cached(params, place.slot);
+    const int begin = share << splits.shift;
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+        const unsigned keys_smem = first_stage + stage * STAGE_BYTES;
+        const int block = stage == 0 ? begin : splits.after(begin, shares);  // the first exists, or reads nothing
+        if (stage == 0 || block < splits.blocks) {
+            load_keys(keys_smem, cached.keys, cached.token_stride, block * BLOCK_KEYS, position);
+        }
+        copy_async_commit();  // also of nothing, so that as many groups are always behind a block's
+        if (stage == 0 || block < splits.blocks) {
+            load_values(keys_smem + VALUES_AT, cached.values, cached.token_stride, block * BLOCK_KEYS, position);
+        }
+        copy_async_commit();
+    }
+
+    if (position != guessed.position) angles = load_angles(params.rope, position);
+    const int last_split = (splits.blocks - 1) >> splits.shift;
+    const bool stores = row_group == 0 && share == last_split % shares;  // the newest key and value
+    const long long offset = position * cached.token_stride;
+    newest.finish(angles, params.epsilon, smem + QUERIES_AT, smem + NEWEST_AT, stores ? cached.keys + offset : nullptr,
+                  stores ? cached.values + offset : nullptr);
+#if CLUSTER > 1
+    cluster_wait();  // every block has begun
+    const SplitStates states{smem + TOTAL_AT};
+#else
+    const Workspace workspace(workspace_params(params), row_group, GROUP - newest.first_row);
+    const Total total{smem + TOTAL_AT};
+#endif
+    sync_block();  // the queries, the newest key and the newest value are written
+
+    const Visibility visibility{position + 1, 1, newest.first_row};
+    RowState state[HELD_ROWS];  // of the split under way
+    clear(state);
+
+    unsigned keys_smem = first_stage, scores_smem = smem + SCORES_AT;
+    int next;
+    for (int block = begin; block < splits.blocks; block = next) {
+        next = splits.after(block, shares);
+        const int ahead = STAGES == 1 ? next : splits.after(next, shares);  // the block to ask for
+        const bool has_newest = block == splits.blocks - 1;
+        const unsigned values_smem = keys_smem + VALUES_AT;
+        copy_async_wait<2 * STAGES - 1>();  // the keys are there; the values may still be on their way
+        if (has_newest) put_key(keys_smem, smem + NEWEST_AT, block * BLOCK_KEYS, position);
+#pragma unroll
+        for (int tile = 0; tile < ROW_TILES; ++tile) {
+            write_scores(tile, keys_smem, smem + QUERIES_AT, scores_smem, params.scale_log2, block * BLOCK_KEYS,
+                         visibility);
+            if (tile == ROW_TILES - 1) {
+                if (ahead < splits.blocks) {
+                    load_keys(keys_smem, cached.keys, cached.token_stride, ahead * BLOCK_KEYS, position);
+                }
+                copy_async_commit();
+            }
+            if (tile == 0) {
+                copy_async_wait<2 * STAGES - (ROW_TILES == 1 ? 1 : 2)>();  // the values
+                if (has_newest) put_value(values_smem, smem + NEWEST_AT, block * BLOCK_KEYS, position);
+            }
+            sync_block();  // scores and values are there; the other buffer's readers were done before they came here
+
+            merge_values(values_smem, scores_smem, 0u, state + tile * TILE_HELD);
+            scores_smem = scores_smem == smem + SCORES_AT ? smem + SCORES_AT + SCORE_BYTES : smem + SCORES_AT;
+        }
+        sync_warp();  // this warp's lanes have read the values
+        if (ahead < splits.blocks) {
+            load_values(values_smem, cached.values, cached.token_stride, ahead * BLOCK_KEYS, position);
+        }
+        copy_async_commit();
+        keys_smem = STAGES == 2 && keys_smem == first_stage ? first_stage + STAGE_BYTES : first_stage;
+
+        if (!splits.ends(block)) continue;
+#if CLUSTER > 1
+        if (shares == 1) continue;  // the only split there is
+        states.send(block >> splits.shift, state);
+#else
+        if (shares == 1 && splits.shift == 0) continue;  // alone, blocks are splits and merged already
+        const int split = block >> splits.shift;
+        if (shares > 1)
+            workspace.store(split, state);
+        else if (split == 0)
+            total.store(state);
+        else
+            total.merge(state);
+#endif
+        clear(state);
+    }
+#if CLUSTER > 1
+    cluster_arrive();  // the states are sent
+    if (share != 0) return;
+    if (shares > 1) {
+        cluster_wait();
+        states.merge(splits.count, state);
+    }
+#else
+    if (shares > 1) {
+        if (!workspace.last_to_arrive(shares, smem + ARRIVAL_AT)) return;
+        workspace.merge(splits.count, state);
+    } else if (splits.shift > 0) {
+        total.load(state);
+    }
+#endif
+    store_rows(params, newest.first_row, state);
+}

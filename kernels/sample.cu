@@ -1,0 +1,216 @@
+// From logits to the next token of each row, and everything that a generation step has to do besides: the state that
+// made the token, the loop check, the record of the slot, a word for the host, and the next step's input.
+//
+// The order is that of soprano_cupy/sampling.py: repetition penalty; the most likely token, or temperature, softmax,
+// top-p and a random number that depends on seed, stream and the token's place alone. What follows the token mirrors
+// soprano_cupy/generation.py. The result equals theirs except where the random number falls within a rounding error of
+// the boundary between two tokens.
+//
+// For the host, progress[slot] = tokens drawn | status << 32 | stuck << 39 | last token << 40. It is written behind the
+// slot's state and token, so whoever sees it finds those.
+//
+// Rows of slot -1 are left alone. A row whose sequence ends, or had ended before, becomes -1 itself.
+//
+// Compile-time: VOCAB; HIDDEN; THREADS, 128 to 1024; DTYPE_FP16 or DTYPE_BF16.
+// Launch (soprano_cupy/gpu/step.py): one thread block for each row.
+#include "device.cuh"
+#include "philox.cuh"
+#include "residual_row.cuh"
+#include "sample_scores.cuh"
+#include "sample_search.cuh"
+#include "step_params.cuh"
+
+constexpr int COLUMNS_HELD = (HIDDEN + THREADS - 1) / THREADS;  // of the hidden size, by each thread
+
+// Shared memory, in bytes; soprano_cupy/gpu/step.py counts the same.
+constexpr int PARTIAL_AT = 0;  // (best, id, least, distance) of each warp
+constexpr int SEARCH_AT = WARPS * 16;
+
+DEVICE SlotState load_slot(const SlotState* slot) {
+    const char* at = reinterpret_cast<const char*>(slot);
+    const uint4 a = load_global_fresh<uint4>(at), b = load_global_fresh<uint4>(at + 16);
+    const uint4 c = load_global_fresh<uint4>(at + 32), d = load_global_fresh<uint4>(at + 48);
+    SlotState s;
+    s.seed = join(a.x, a.y), s.stream = join(a.z, a.w);
+    s.top_p = bits_to_double(join(b.x, b.y));
+    s.scale_high = bits_to_float(static_cast<int>(b.z)), s.scale_low = bits_to_float(static_cast<int>(b.w));
+    s.penalty = bits_to_float(static_cast<int>(c.x)), s.options = static_cast<int>(c.y);
+    s.limit = static_cast<int>(c.z), s.count = static_cast<int>(c.w);
+    s.position = static_cast<int>(d.x), s.status = static_cast<int>(d.y);
+    s.repeats = static_cast<int>(d.z), s.stuck = static_cast<int>(d.w);
+    return s;
+}
+
+DEVICE void store_slot(SlotState* slot, const SlotState& s) {
+    char* at = reinterpret_cast<char*>(slot);
+    store_global<int>(&slot->count, s.count);
+    store_global<uint4>(at + 48, make_uint4(static_cast<unsigned>(s.position), static_cast<unsigned>(s.status),
+                                            static_cast<unsigned>(s.repeats), static_cast<unsigned>(s.stuck)));
+}
+
+// What the whole block knows of the scores.
+struct Extremes {
+    unsigned best;   // order_of the largest score; ORDER_OF_INFINITY or more where one is NaN or infinite
+    unsigned id;     // the lowest id that has it
+    unsigned least;  // order_of the smallest finite score
+    float distance;  // sum of what each thread gave
+};
+
+DEVICE Extremes extremes_of_warp(const Scores& scores, float distance) {
+    unsigned best = 0u, id = 0xffffffffu, least = 0xffffffffu;
+#pragma unroll(HELD ? ITEMS : 1)
+    for (int j = 0; j < ITEMS; ++j) {  // ids ascend
+        const unsigned order = order_of(scores.at(j));
+        if (order > best && Scores::id(j) < VOCAB) best = order, id = Scores::id(j);
+        if (order < least && order > ORDER_OF_MINUS_INFINITY) least = order;
+    }
+    const unsigned best_of_warp = max_of_lanes(best);
+    const unsigned lowest = min_of_lanes(best == best_of_warp ? id : 0xffffffffu);
+#pragma unroll
+    for (int mask = WARP_LANES / 2; mask > 0; mask /= 2) distance += shuffle_xor(distance, mask);
+    return {best_of_warp, lowest, min_of_lanes(least), distance};
+}
+
+// Of the block, for all threads. Ends behind a barrier.
+DEVICE Extremes extremes_of_block(unsigned smem, const Extremes& warp) {
+    if (lane_index() == 0) {
+        store_shared<uint4>(smem + PARTIAL_AT + warp_index() * 16,
+                            make_uint4(warp.best, warp.id, warp.least, float_to_bits(warp.distance)));
+    }
+    sync_block();  // each warp's part is written
+    uint4 part = make_uint4(0u, 0xffffffffu, 0xffffffffu, 0u);
+    if (lane_index() < WARPS) part = load_shared<uint4>(smem + PARTIAL_AT + lane_index() * 16);
+    const unsigned best = max_of_lanes(part.x);
+    const unsigned id = min_of_lanes(part.x == best ? part.y : 0xffffffffu);
+    float distance = bits_to_float(static_cast<int>(part.w));
+#pragma unroll
+    for (int mask = WARP_LANES / 2; mask > 0; mask /= 2) distance += shuffle_xor(distance, mask);
+    return {best, id, min_of_lanes(part.z), distance};
+}
+
+// The least sum that is not below share * all, and at least 1.
+DEVICE Sum share_reached(Sum all, double share) {
+    const double wanted = share * static_cast<double>(all);
+    Sum target = static_cast<Sum>(wanted);
+    if (static_cast<double>(target) < wanted || target == 0) ++target;
+    return target < all ? target : all;
+}
+
+// The least sum above number / 2^24 * kept; number < 2^24.
+DEVICE Sum share_passed(Sum kept, unsigned number) {
+    return (kept >> 24) * number + ((kept & 0xffffffu) * number >> 24) + 1;
+}
+
+// A token from softmax(scores / temperature), among the most likely whose probability reaches top_p.
+DEVICE int draw(const Scores& scores, const Extremes& extremes, const SlotState& slot, const Search& search) {
+    const Softmax softmax(extremes.best, extremes.least, slot.scale_high, slot.scale_low);
+    search.begin(scores, softmax);
+    Found found{0, warp_index() == 0 ? search.total() : 0};
+#pragma unroll 1
+    for (int pass = slot.top_p < 1.0 ? 0 : 1; pass < 2; ++pass) {
+        // First where the sum reaches top_p of all, then where it goes over the random share of what was kept.
+        const Sum target = pass == 0 ? share_reached(found.sum, slot.top_p)
+                                     : share_passed(found.sum, random_24_bits(slot.seed, slot.stream, slot.count));
+        found = search.find(scores, softmax, target);
+    }
+    return found.id;
+}
+
+// The loop check and the end of the sequence, by `token` and how far the state moved.
+DEVICE void advance(SlotState& slot, const SampleParams& params, int token, float distance) {
+    const bool stop = token == params.end_token;
+    if (slot.count > 0 && !stop) {
+        slot.repeats = distance < params.loop_distance ? slot.repeats + 1 : slot.repeats > 0 ? slot.repeats - 1 : 0;
+        if (slot.repeats > params.loop_length) slot.stuck = 1;
+    }
+    ++slot.count;
+    ++slot.position;
+    if (stop)
+        slot.status = STATUS_STOP;
+    else if (slot.stuck != 0 && (slot.options & OPTION_GIVE_UP) != 0)
+        slot.status = STATUS_STUCK;
+    else if (slot.count >= slot.limit)
+        slot.status = STATUS_LENGTH;
+}
+
+DEVICE unsigned long long progress_word(const SlotState& slot, int token) {
+    const unsigned upper = static_cast<unsigned>(slot.status) | (slot.stuck != 0 ? 1u << 7 : 0u);
+    return join(static_cast<unsigned>(slot.count), upper | static_cast<unsigned>(token) << 8);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const __grid_constant__ SampleParams params) {
+    grid_dependency_launch();
+    const unsigned smem = shared_base();
+    const Search search(smem + SEARCH_AT);
+    search.clear_cells();
+    float final_gain[COLUMNS_HELD], next_gain[COLUMNS_HELD];
+#pragma unroll
+    for (int i = 0; i < COLUMNS_HELD; ++i) {
+        const int column = i * THREADS + threadIdx.x;
+        final_gain[i] = column < HIDDEN ? load_global<float>(params.final_gain + column) : 0.0f;
+        next_gain[i] = column < HIDDEN ? load_global<float>(params.next_gain + column) : 0.0f;
+    }
+
+    grid_dependency_wait();
+    const long long row = blockIdx.x;
+    const int slot_index = load_global_fresh<int>(params.slot_of_row + row);
+    Scores scores(params.logits + row * VOCAB);
+    if (slot_index < 0) return;
+    const long long target = params.target_rows == nullptr ? row : load_global_fresh<int>(params.target_rows + row);
+    SlotState slot = load_slot(params.slots + slot_index);
+    if (slot.status != STATUS_RUNNING) {
+        if (threadIdx.x == 0) store_global<int>(params.next_slot_of_row + target, -1);
+        return;
+    }
+    scores.penalise(params.seen + static_cast<long long>(slot_index) * SEEN_WORDS, slot.penalty);
+
+    // The state that makes the token, and how far it is from the one before.
+    const bool has_room = slot.count < params.most_tokens;
+    const long long place = static_cast<long long>(slot_index) * params.most_tokens + slot.count;
+    float* state = params.states + place * HIDDEN;
+    const float factor = inverse_rms(params.square_sums + row * sum_tiles(HIDDEN), HIDDEN, params.inverse_width,
+                                     params.epsilon);
+    float distance = 0.0f;
+#pragma unroll
+    for (int i = 0; i < COLUMNS_HELD; ++i) {
+        const int column = i * THREADS + threadIdx.x;
+        if (column >= HIDDEN || !has_room) continue;
+        const float value = load_global_fresh<float>(params.residual + row * params.stride + column) * factor * final_gain[i];
+        store_global<float>(state + column, value);
+        if (slot.count > 0) distance += fabsf(value - load_global_fresh<float>(state + column - HIDDEN));
+    }
+
+    const Extremes extremes = extremes_of_block(smem, extremes_of_warp(scores, distance));
+    const bool failed = extremes.best >= ORDER_OF_INFINITY || extremes.best <= ORDER_OF_MINUS_INFINITY || !has_room;
+    int token = 0;
+    if (failed) {
+        slot.status = STATUS_FAILED;
+    } else {
+        token = static_cast<int>(extremes.id);
+        if ((slot.options & OPTION_GREEDY) == 0) token = draw(scores, extremes, slot, search);
+        advance(slot, params, token, extremes.distance);
+    }
+
+    // Its bookkeeping, by a thread of the last warp, while the others embed it. The barrier in extremes_of_block stands
+    // between the reading of the seen ids, the writing of the state, and this.
+    if (threadIdx.x == THREADS - WARP_LANES) {
+        if (!failed) {
+            store_global<int>(params.tokens + place, token);
+            unsigned* word = params.seen + static_cast<long long>(slot_index) * SEEN_WORDS + token / 32;
+            store_global<unsigned>(word, load_global_fresh<unsigned>(word) | 1u << (token % 32));
+        }
+        store_slot(params.slots + slot_index, slot);
+        store_global<int>(params.next_slot_of_row + target, slot.status == STATUS_RUNNING ? slot_index : -1);
+        publish(params.progress + slot_index, progress_word(slot, token));
+    }
+    if (slot.status != STATUS_RUNNING) return;
+    const Element* embedding = static_cast<const Element*>(params.embeddings) + static_cast<long long>(token) * HIDDEN;
+#pragma unroll
+    for (int i = 0; i < COLUMNS_HELD; ++i) {
+        const int column = i * THREADS + threadIdx.x;
+        write_residual(params.next_residual + target * params.stride,
+                       static_cast<Element*>(params.next_hidden) + target * params.stride,
+                       params.next_square_sums + target * sum_tiles(HIDDEN), column, HIDDEN,
+                       column < HIDDEN ? to_float(load_global<Element>(embedding + column)) : 0.0f, next_gain[i]);
+    }
+}

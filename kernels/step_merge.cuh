@@ -1,0 +1,46 @@
+// How the thread blocks of one sequence put their splits together in a decode step.
+//
+// With CLUSTER > 1 (Hopper and newer) they are a cluster, and each writes the states of its splits into the shared
+// memory of the first, which merges them in the order of the splits. Otherwise the workspace of decode_state.cuh does.
+#pragma once
+
+#include "decode_state.cuh"
+#include "step_newest.cuh"
+
+// The states of the splits in the first block's shared memory: 128-bit vectors, those of one warp's rows side by side.
+constexpr int SPLIT_BYTES = RowState::VECTORS * WARPS * LIVE_ROWS * 4 * 16;
+
+#if CLUSTER > 1
+struct SplitStates {
+    unsigned smem;
+
+    DEVICE static int offset(int held, int vector) {
+        return (((vector * WARPS + warp_index()) * LIVE_ROWS + held_row(held)) * 4 + lane_index() % 4) * 16;
+    }
+    DEVICE void send(int split, const RowState (&state)[HELD_ROWS]) const {
+#pragma unroll
+        for (int i = 0; i < HELD_ROWS; ++i) {
+            if (held_row(i) >= LIVE_ROWS) continue;
+#pragma unroll
+            for (int v = 0; v < RowState::VECTORS; ++v) {
+                store_shared4_of(smem + split * SPLIT_BYTES + offset(i, v), 0, state[i].vector(v));
+            }
+        }
+    }
+    DEVICE void merge(int splits, RowState (&total)[HELD_ROWS]) const {
+#pragma unroll 4
+        for (int split = 0; split < splits; ++split) {
+#pragma unroll
+            for (int i = 0; i < HELD_ROWS; ++i) {
+                if (held_row(i) >= LIVE_ROWS) continue;
+                RowState next;
+#pragma unroll
+                for (int v = 0; v < RowState::VECTORS; ++v) {
+                    next.set_vector(v, load_shared<float4>(smem + split * SPLIT_BYTES + offset(i, v)));
+                }
+                total[i].merge(next);
+            }
+        }
+    }
+};
+#endif

@@ -1,0 +1,168 @@
+"""The plan of a decode step's attention: how many thread blocks take a sequence, and in what form.
+
+`kernels/attention_step.cu` is the kernel, `kernels/step_params.cuh` explains its parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from ..attention import decode
+from ..attention.prefill import RESERVED_SHARED_BYTES, SHARED_BYTES_PER_SM, UNKNOWN_SHARED_BYTES
+from .launch import Launch
+from .step_launch import ELEMENT_BYTES, dtype_define, floats, ints, make_launch, param_struct
+
+# Thread blocks of a sequence in a decode step. The blocks of a cluster (compute capability 9.0 and newer) put their
+# results together in one block's shared memory, which costs about two barriers of a cluster; so every split of a
+# sequence gets a block of its own as long as all blocks run at once. From `decode.ENOUGH_BLOCKS` on a sequence has one
+# block, as measured for attention_decode.cu, whose arithmetic this is.
+CLUSTERS_FROM = (9, 0)
+CLUSTER_SIZES = (8, 4, 2)  # 8 is the most that every GPU takes
+CLUSTER_BLOCKS = 1.6  # for each multiprocessor, at most
+BLOCKS_OF_TWO_STAGES = 1  # of clusters, for each multiprocessor, at most
+
+ATTENTION_STEP_PARAMS = param_struct(
+    "qkv q_gain k_gain rope slot_of_row slots keys values attended workspace",
+    *ints("attended_stride capacity splits"), *floats("scale_log2 epsilon"), *ints("reserved"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AttentionStepShape:
+    """How a decode step's attention is cut into thread blocks."""
+
+    tile: decode.Tile  # its stages, and query rows of a block
+    row_groups: int  # blocks for the query heads of one KV head
+    splits: int  # blocks for each sequence, KV head and row group
+    cluster: int  # equal to `splits`, or 1
+    live_rows: int  # query rows of a block that exist
+    most_splits: int  # of the longest sequence that the cache takes
+
+    @property
+    def shared_bytes(self) -> int:
+        """As `attention_step.cu` lays it out: `attention_decode.cu`'s, and the newest key and value."""
+        newest = 2 * self.tile.head_dim * ELEMENT_BYTES
+        if self.cluster == 1:
+            return self.tile.shared_bytes + newest
+        split_bytes = 3 * (self.tile.head_dim // 32) * self.live_rows * 4 * 16
+        return self.tile.shared_bytes - self.tile.state_bytes + newest + self.most_splits * split_bytes
+
+
+def attention_step_shape(
+    *,
+    dtype: str,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    capacity: int,
+) -> AttentionStepShape:
+    """The thread blocks of a decode step with `rows` rows on a cache of `capacity` tokens a slot."""
+    group = num_heads // num_kv_heads
+    tile = decode.select_tile(capability, dtype, head_dim, group)
+    row_groups = -(-group // tile.rows)
+    count = rows * num_kv_heads * row_groups
+    most = decode.most_splits(capacity, tile.block_keys)
+    live_rows = min(group, tile.rows)
+    if capability >= CLUSTERS_FROM and count < decode.ENOUGH_BLOCKS * multiprocessors:
+        for size in CLUSTER_SIZES:
+            if size >= 2 * most or count * size > CLUSTER_BLOCKS * multiprocessors:
+                continue
+            stages = 2 if most > size and count * size <= BLOCKS_OF_TWO_STAGES * multiprocessors else 1
+            shape = AttentionStepShape(replace(tile, stages=stages), row_groups, size, size, live_rows, most)
+            if shape.shared_bytes <= SHARED_BYTES_PER_SM.get(capability, UNKNOWN_SHARED_BYTES) - RESERVED_SHARED_BYTES:
+                return shape
+    splits = decode.select_splits(count, capacity, tile.block_keys, multiprocessors)
+    stages = decode.select_stages(tile, count * splits, capability, multiprocessors) if most > splits else 1
+    return AttentionStepShape(replace(tile, stages=stages), row_groups, splits, 1, live_rows, most)
+
+
+def attention_step_workspace_bytes(
+    *,
+    dtype: str,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    capacity: int,
+) -> int:
+    """Bytes of the workspace that `plan_attention_step` needs for the same sizes; 0: none.
+
+    Its first `decode.ARRIVAL_BYTES` are zero before the first use and after each; all layers may share it.
+    """
+    shape = attention_step_shape(
+        dtype=dtype, capability=capability, multiprocessors=multiprocessors, rows=rows, num_heads=num_heads,
+        num_kv_heads=num_kv_heads, head_dim=head_dim, capacity=capacity,
+    )  # fmt: skip
+    if shape.cluster > 1 or shape.splits == 1:
+        return 0
+    states = rows * num_kv_heads * shape.row_groups * shape.most_splits
+    return decode.ARRIVAL_BYTES + states * shape.tile.state_bytes
+
+
+def plan_attention_step(
+    *,
+    dtype: str,
+    capability: tuple[int, int],
+    multiprocessors: int,
+    rows: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    epsilon: float,
+    qkv: int,
+    attended: int,
+    attended_stride: int,
+    q_gain: int,
+    k_gain: int,
+    rope: int,
+    keys: int,
+    values: int,
+    capacity: int,
+    slot_of_row: int,
+    slots: int,
+    workspace: int = 0,
+    shape: AttentionStepShape | None = None,
+) -> Launch:
+    """Attention of one new token for each row, its head norms, rotation and cache write included.
+
+    qkv: raw products (rows, (num_heads + 2 num_kv_heads) head_dim) float32. attended: (rows, num_heads, head_dim)
+    Element, row stride attended_stride. keys, values: this layer's cache (slots, capacity, num_kv_heads, head_dim).
+    Row r is the token at `slots[slot_of_row[r]].position`; rows of slot -1 are left alone. shape: another than these
+    sizes choose.
+    """
+    if shape is None:
+        shape = attention_step_shape(
+            dtype=dtype, capability=capability, multiprocessors=multiprocessors, rows=rows, num_heads=num_heads,
+            num_kv_heads=num_kv_heads, head_dim=head_dim, capacity=capacity,
+        )  # fmt: skip
+    fields = {
+        "qkv": qkv, "q_gain": q_gain, "k_gain": k_gain, "rope": rope, "slot_of_row": slot_of_row, "slots": slots,
+        "keys": keys, "values": values, "attended": attended, "workspace": workspace,
+        "attended_stride": attended_stride, "capacity": capacity, "splits": shape.splits,
+        "scale_log2": math.log2(math.e) / math.sqrt(head_dim), "epsilon": epsilon,
+    }  # fmt: skip
+    return make_launch(
+        "attention_step.cu",
+        "attention_step",
+        ATTENTION_STEP_PARAMS,
+        fields,
+        defines=(
+            ("HEAD_DIM", head_dim),
+            ("GROUP", num_heads // num_kv_heads),
+            ("CAUSAL", 0),  # one query sees every key
+            dtype_define(dtype),
+            ("TILE_ROWS", shape.tile.rows),
+            ("STAGES", shape.tile.stages),
+            ("CLUSTER", shape.cluster),
+        ),
+        blocks=(shape.row_groups * shape.splits, num_kv_heads, rows),
+        threads=head_dim,  # a warp for every 32 dimensions
+        shared_bytes=shape.shared_bytes,
+        cluster=shape.cluster,
+    )
