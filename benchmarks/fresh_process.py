@@ -8,7 +8,6 @@ loaded, as a user's program would.
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 from itertools import islice
 from typing import Any
@@ -30,13 +29,14 @@ def speak(asked: dict[str, Any]) -> dict[str, Any]:
     if asked["memory"]:
         from benchmarks.random_text import sentences
         from benchmarks.spoken_length import held_to
+        from soprano_cupy.cli.bench import resident_mb
 
         if asked["batch"] > 1:
             with held_to(asked["tokens"]):
                 tts.infer_batch(sentences(asked["batch"]))
         result["after"] = free_bytes() if gpu else None
         result["nvidia_smi_mb"] = nvidia_smi_mb() if gpu else None
-        result["resident_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        result["resident_mb"] = resident_mb()
     return result
 
 

@@ -16,7 +16,7 @@ and the arithmetic take at the rates that this GPU reaches in a large copy and a
 Peers run in processes of their own: graph needs torch, upstream torch and soprano-tts (--peer-python names another
 Python that has them). A part that fails is named in the result's "failed"; the exit code is then 1.
 
---device cpu runs everything at toy size, to try the program itself.
+--device cpu runs everything at toy size, to try the program itself. CUDA_VISIBLE_DEVICES chooses among several GPUs.
 """
 
 from __future__ import annotations
@@ -58,21 +58,29 @@ class Run:
         self.facts = machine_facts(gpu=subject.gpu) | paths(subject.tts)
 
     def check(self) -> None:
-        """Everything that can be wrong; all of it is told."""
-        subject, sizes, checks = self.subject, self.subject.sizes, self.checks
+        """Everything that can be wrong; all of it is told, and what cannot be checked is wrong."""
+        tts, sizes, checks = self.subject.tts, self.subject.sizes, self.checks
+        for check in (
+            self._check_language_model,
+            lambda: checking.check_decoder(checks, self.subject.folder, tts, 6),
+            lambda: checking.check_stream(checks, tts),
+            lambda: checking.check_repeats(checks, tts, sizes.identical),
+            lambda: checking.check_goldens(checks, tts.device),
+        ):
+            try:
+                check()
+            except Exception as error:
+                traceback.print_exc()
+                checks.failures.append(f"{type(error).__name__}: {error}")
+
+    def _check_language_model(self) -> None:
+        subject, sizes = self.subject, self.subject.sizes
         models = checking.Models.load(subject.folder, subject.tts.engine.language_model)
-        checking.check_logits(checks, models, sizes.prompts)
-        batches = (1, 8) if sizes is not FULL else (1, 8, 64)
-        for batch in batches:
-            checking.check_generation(checks, models, batch, 16)
-        peers.save_known(subject, models, self.known)
-        del models
-        checking.check_decoder(checks, subject.folder, subject.tts, 6)
-        checking.check_stream(checks, subject.tts)
-        checking.check_repeats(checks, subject.tts, sizes.identical)
-        note = checking.check_goldens(checks, subject.tts.device)
-        if note:
-            say(f"  {note}")
+        checking.check_logits(self.checks, models, sizes.prompts)
+        for batch in (1, 8, 64) if sizes is FULL else (1, 8):
+            checking.check_generation(self.checks, models, checking.spoken_prompts(subject.tts, batch), 16)
+        if "graph" in self.options.peer:
+            peers.save_known(subject, models, self.known)
 
     def parts(self) -> Iterator[tuple[str, Callable[[], Iterable[Row]]]]:
         """Name and measurement of each part; the peers' come where ours are measured."""
@@ -167,25 +175,21 @@ def line(row: Row) -> str:
 
 
 @contextlib.contextmanager
-def voices(named: str | None, device: str) -> Iterator[tuple[str, str]]:
-    """Two folders that last as long as the context: one whose sentences never end, one whose sentences do.
+def voice(named: str | None, device: str) -> Iterator[str]:
+    """The folder to measure: the one named, or a random one that lasts as long as the context.
 
-    The PyTorch package speaks a sentence of its own when it starts, which should end.
+    Its sentences never end by themselves, and its tokenizer is described so that the PyTorch package reads it.
     """
     if named is not None:
-        folder = str(Path(named).resolve())
-        yield folder, folder
+        yield str(Path(named).resolve())
         return
     from soprano_cupy.testing import SOPRANO_1_1_80M, TINY, make_checkpoint
 
     described = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[STOP]", "padding_side": "left"}
-    with tempfile.TemporaryDirectory() as root:
-        for name, tokens in (("endless", None), ("ending", 24)):
-            folder = str(Path(root, name))
-            config = TINY if device == "cpu" else SOPRANO_1_1_80M
-            make_checkpoint(folder, seed=0, config=config, mean_tokens=tokens)
-            Path(folder, "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
-        yield str(Path(root, "endless")), str(Path(root, "ending"))
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(folder, config=TINY if device == "cpu" else SOPRANO_1_1_80M, mean_tokens=None)
+        Path(folder, "tokenizer_config.json").write_text(json.dumps(described), encoding="utf-8")
+        yield folder
 
 
 def choose_sizes(options: argparse.Namespace) -> Sizes:
@@ -214,7 +218,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer", type=list_of(peers.PEERS), default=[], help=f"some of {', '.join(peers.PEERS)}")
     parser.add_argument("--peer-python", default=sys.executable, help="the Python that has the peers' packages")
     parser.add_argument("--model", help="a checkpoint folder instead of a random one")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for a trial at toy size")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a trial at toy size")
     parser.add_argument("--profile", action="store_true", help="also the time of each kernel of a step")
     parser.add_argument("--plot", type=Path, help="also draw times and speeds against the number of voices")
     parser.add_argument("--time-anyway", action="store_true", help="go on after a wrong result; nothing is written")
@@ -224,13 +228,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    with voices(options.model, options.device) as (folder, starting), tempfile.TemporaryDirectory() as scratch:
+    with voice(options.model, options.device) as folder, tempfile.TemporaryDirectory() as scratch:
         try:
             tts = SopranoTTS(folder, options.device)
         except SopranoError as error:
             raise SystemExit(str(error)) from error
         limits: dict[str, float] = {} if tts.device == "cpu" else gpu_limits()
-        run = Run(Subject(folder, starting, tts, choose_sizes(options), limits), options, Path(scratch))
+        run = Run(Subject(folder, tts, choose_sizes(options), limits), options, Path(scratch))
         for name, value in (run.facts | limits).items():
             say(f"{name:16} {value if isinstance(value, str) or value is None else format(value, '.4g')}")
         start = time.perf_counter()
@@ -251,6 +255,8 @@ def finish(run: Run, options: argparse.Namespace) -> int:
             times = row.value / value if row.unit == "x real time" else value / row.value
             say(f"{row.case:36} {times:8.1f} times as good as {peer}")
     run.write()
+    if not run.subject.gpu and options.out is None:
+        say("nothing is written: --out names a file")
     if options.plot:
         from benchmarks.runtime_plot import plot
 

@@ -81,7 +81,6 @@ class Subject:
     """The voice that is measured, its sizes, and this machine's limits; a CPU has none here."""
 
     folder: str
-    starting: str  # the same, but its sentences end by themselves
     tts: SopranoTTS
     sizes: Sizes
     limits: dict[str, float]

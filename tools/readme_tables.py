@@ -63,6 +63,8 @@ def source(record: dict[str, Any], file: str) -> str:
         parts.append(f"commit {record['commit'][:10]}")
     if record.get("checks"):
         parts.append(f"checks {record['checks']}")
+    if record.get("failed"):
+        parts.append(f"without {', '.join(part.partition(':')[0] for part in record['failed'])}, which failed")
     return "From " + ", ".join(str(part) for part in parts if part) + ":"
 
 
