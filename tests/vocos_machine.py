@@ -1,7 +1,8 @@
-"""The GPU decoder on the emulated machine: its own plan and kernels, and its products in NumPy with the same rounding."""
+"""The GPU decoder on the emulated machine: its own plan and kernels; products in NumPy with the same rounding."""
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ Step = Launch | LinearRequest
 
 
 def product(request: LinearRequest, rows: int, matrix: np.ndarray, bias: np.ndarray, view: Any) -> np.ndarray:
-    """The (rows, features) float32 of a request's end, float64 sums rounded once; row by row, so that rows are alone."""
+    """What a request's end is given, (rows, features) float32; summed in float64, each row by itself."""
     stride = request.input_stride
     inputs = view(request.input, (rows, stride), np.float16)
     assert (inputs[:, request.depth : request.padded_depth] == 0).all(), "padding of an input is not zero"
@@ -67,9 +68,7 @@ class Machine:
         self._streams: list[Step] = list(plan.streams(at, whole, self.capacity.tokens, slots))
         self.transform = plan.transform
 
-    def decode(
-        self, utterances: Sequence[np.ndarray], hops_of_a_block: int = 5, pcm: bool = False
-    ) -> list[np.ndarray]:
+    def decode(self, utterances: Sequence[np.ndarray], hops_of_a_block: int = 5, pcm: bool = False) -> list[np.ndarray]:
         """Whole utterances (T, input) float32 in as many slices as they need."""
         held = [aligned(states) for states in utterances]
         starts = np.cumsum([0] + [4 * (len(states) - 1) for states in held])
@@ -81,7 +80,7 @@ class Machine:
         out = poisoned((int(starts[-1]), self.config.hop_length), np.int16 if pcm else np.float32)
         for group in group_pieces(pieces, self.capacity.rows):
             self.run(self._whole, group, held, out, hops_of_a_block)
-        return [out[a:b].reshape(-1) for a, b in zip(starts, starts[1:], strict=False)]
+        return [out[a:b].reshape(-1) for a, b in itertools.pairwise(starts)]
 
     def push(self, pieces: Sequence[Piece], held: Sequence[np.ndarray]) -> np.ndarray:
         """The next states of streams; (hops, hop_length)."""

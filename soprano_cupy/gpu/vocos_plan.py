@@ -215,10 +215,10 @@ class Plan:
         depth = c.embed_kernel * c.input_size
         table = {"segments": at["segments"], "output": at["states"], "output_stride": padded(depth)}
         if c.embed_kernel == 1:
-            yield self._rows("vocos_states", stream, symbol=TOKENS, tokens=at["tokens"], **table)
+            yield self._rows("vocos_states", stream, TOKENS, tokens=at["tokens"], **table)
         else:
             lag = self._margins.embed if stream else 0
-            yield self._rows("vocos_windows", stream, table=at["rows"], lag=lag, **table)
+            yield self._rows("vocos_windows", stream, ROWS, table=at["rows"], lag=lag, **table)
         by_token = c.embed_kernel == 1
         yield self._product(
             self._request(
@@ -228,14 +228,14 @@ class Plan:
             )
         )  # fmt: skip
         yield self._rows(
-            "vocos_embed", stream, table=at["rows"], segments=at["segments"], input=at["embedded"],
+            "vocos_embed", stream, ROWS, table=at["rows"], segments=at["segments"], input=at["embedded"],
             output=at["residual"], output_stride=c.dim, **self._norm("embed"),
         )  # fmt: skip
 
     def _convolution(self, at: Mapping[str, int], index: int) -> Launch:
         name = f"block{index}"
         return self._rows(
-            "vocos_convolution", False, table=at["rows"], input=at["residual"], taps=self._weights[f"{name}.taps"],
+            "vocos_convolution", False, ROWS, table=at["rows"], input=at["residual"], taps=self._weights[f"{name}.taps"],
             bias=self._weights[f"{name}.bias"], output=at["normed"], output_stride=padded(self.config.dim),
             **self._norm(name),
         )  # fmt: skip
@@ -243,7 +243,7 @@ class Plan:
     def _stream_convolution(self, at: Mapping[str, int], index: int, source: int, target: int, slots: int) -> Launch:
         name, c = f"block{index}", self.config
         return self._rows(
-            "vocos_convolution_stream", True, table=at["rows"], segments=at["segments"], input=source,
+            "vocos_convolution_stream", True, ROWS, table=at["rows"], segments=at["segments"], input=source,
             taps=self._weights[f"{name}.taps"], bias=self._weights[f"{name}.bias"], output=at["normed"],
             output_stride=padded(c.dim), delayed=target,
             history=at["history"] + index * 2 * slots * (c.block_kernel - 1) * c.dim * 4,
@@ -272,7 +272,13 @@ class Plan:
         """The residual stream to samples."""
         c = self.config
         yield self._rows(
-            "vocos_norm", stream, input=residual, output=at["normed"], output_stride=padded(c.dim), **self._norm("head")
+            "vocos_norm",
+            stream,
+            ROWS,
+            input=residual,
+            output=at["normed"],
+            output_stride=padded(c.dim),
+            **self._norm("head"),
         )
         yield self._product(
             self._request(
@@ -296,8 +302,8 @@ class Plan:
         self,
         kernel: str,
         stream: bool,
-        *,
         symbol: Symbol = ROWS,
+        *,
         table: int = 0,
         tokens: int = 0,
         segments: int = 0,

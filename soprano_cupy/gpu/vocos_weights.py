@@ -107,4 +107,6 @@ def inverse_envelopes(window: np.ndarray) -> np.ndarray:
     squares = (window * window).reshape(HOPS, -1)
     sets = (np.arange(1 << HOPS)[:, None] >> np.arange(HOPS)) & 1
     sums = sets @ squares
-    return np.divide(1.0, sums, out=np.zeros_like(sums), where=sums > 0)
+    inverse = np.zeros_like(sums)
+    np.divide(1.0, sums, out=inverse, where=sums > 0)
+    return inverse

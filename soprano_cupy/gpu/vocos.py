@@ -1,0 +1,299 @@
+"""The Vocos decoder on the GPU engine: float16 products, everything else in float32."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..checkpoint import TensorFile
+from ..config import DecoderConfig
+from ..cuda.module import device_facts
+from ..device import cuda_index, module_of
+from ..errors import DeviceError, ParameterError
+from ..runner import DecoderRunner, DecoderStream
+from .linear import plan_linear
+from .packing import pack_linear
+from .program import Event, driver_problem, on_device
+from .vocos_plan import Facts, Plan, unsupported
+from .vocos_slices import LEAST_ROWS, Slices, make_slices
+from .vocos_stream import GpuStream, StreamTable
+from .vocos_tables import Piece, group_pieces, margins, whole_pieces
+from .vocos_weights import HostWeights
+
+logger = logging.getLogger(__name__)
+
+Array = Any  # cupy.ndarray
+
+MIN_CAPABILITY = (7, 5)  # the first with float16 matrix instructions of 16 x 8 x 8
+# Frames of a slice for each multiprocessor. Tiles of 128 x 128 outputs then come out even on 132 of them: 66 tiles of
+# rows times 18, 6 and 16 of features are 9, 3 and 8 whole rounds at the 80M model's sizes.
+SLICE_ROWS_EACH = 64
+STREAM_SLOTS = 8  # voices of one table
+
+
+class Voice(NamedTuple):
+    """States on the device, (tokens, input_size) float32 and contiguous."""
+
+    address: int
+    tokens: int
+
+
+def decoder_problem(config: DecoderConfig, device: str) -> str | None:
+    """Why the GPU engine cannot run such a decoder there, as one line; None when it can."""
+    reason = driver_problem()
+    if reason is not None:
+        return reason
+    facts = device_facts(cuda_index(device))
+    if facts.capability < MIN_CAPABILITY:
+        return f"float16 products need compute capability 7.5, and {facts.name} has {facts.compute_capability / 10:.1f}"
+    return unsupported(config)
+
+
+class GpuDecoder(DecoderRunner):
+    """Runs whole utterances and streams. Any number of threads may use it; they take turns.
+
+    A voice's samples do not depend on what is decoded beside it as long as the number of frames of a launch stays in
+    the same class (`ROW_CLASSES`): products of different sizes may add up in different orders.
+    """
+
+    dtype = "float16"
+
+    def __init__(self, file: TensorFile, config: DecoderConfig, device: str, reason: str) -> None:
+        """Read, round and pack all weights. `DeviceError` where `decoder_problem` names one, or where a weight is
+        beyond float16."""
+        import cupy
+
+        self.config, self.device, self.reason = config, device, reason
+        problem = decoder_problem(config, device)
+        if problem is not None:
+            raise DeviceError(f"the GPU decoder cannot run: {problem}; choose dtype float32")
+        facts = device_facts(cuda_index(device))
+        self._index, self._lock = facts.index, threading.RLock()
+        with on_device(self._index):
+            self._weights = _place(HostWeights(file, config))
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+            self._copies = cupy.cuda.Stream(non_blocking=True)
+            self._entered, self._left = Event(), Event()
+            cupy.cuda.get_current_stream().synchronize()  # our own streams do not wait for it
+        self._plan = Plan(
+            config,
+            Facts(facts.capability, facts.multiprocessors),
+            {name: int(array.data.ptr) for name, array in self._weights.items()},
+            plan_linear,
+        )
+        self._most_rows = max(LEAST_ROWS, SLICE_ROWS_EACH * facts.multiprocessors)
+        self._slices: Slices | None = None
+        self._tables: list[StreamTable] = []
+
+    @property
+    def weight_bytes(self) -> int:
+        """GPU memory of all weights."""
+        return sum(int(array.nbytes) for array in self._weights.values())
+
+    @property
+    def nbytes(self) -> int:
+        """GPU memory of weights, activations and streams."""
+        slices = self._slices.nbytes if self._slices else 0
+        return self.weight_bytes + slices + sum(table.nbytes for table in self._tables)
+
+    # -- whole utterances ------------------------------------------------------------------------------------------
+
+    def decode(self, states: Array) -> Array:
+        """(B, T, input_size) floats, CuPy or NumPy, T >= 2, to CuPy float32 (B, (T - 1) * token_samples).
+
+        Ordered after and before what CuPy's current stream does; returns before the GPU is done.
+        """
+        import cupy
+
+        with self.turn():
+            states = self._on_device(states, 3)
+            batch, tokens, size = states.shape
+            out = cupy.empty((batch, (tokens - 1) * self.config.token_samples), np.float32)
+            start = int(states.data.ptr)
+            voices = [Voice(start + i * tokens * size * 4, tokens) for i in range(batch)]
+            with self._ordered():
+                slices, groups = self._groups(voices)
+                for group in groups:
+                    slices.run(group, self._stream.ptr, samples=int(out.data.ptr))
+        return out
+
+    def decode_many(self, utterances: Sequence[Array]) -> list[np.ndarray]:
+        """Utterances (T, input_size) of any lengths, CuPy or NumPy, to float32 samples in page-locked host memory.
+
+        The arrays of a call share blocks of that memory; a block is given back when its last array goes.
+        """
+        return self._to_host(utterances, np.dtype(np.float32))
+
+    def decode_pcm16(self, utterances: Sequence[Array]) -> list[np.ndarray]:
+        """The same as the 16-bit samples of a WAV file (`audio.to_pcm16`), made on the GPU: half as much to copy."""
+        return self._to_host(utterances, np.dtype(np.int16))
+
+    def _to_host(self, utterances: Sequence[Array], dtype: np.dtype[Any]) -> list[np.ndarray]:
+        if not utterances:
+            return []
+        with self.turn():
+            arrays = self._upload(utterances)
+            voices = [Voice(int(array.data.ptr), len(array)) for array in arrays]
+            with self._ordered():
+                blocks = self._run_and_copy(*self._groups(voices), dtype)
+        ends = np.cumsum([self.config.token_samples * (voice.tokens - 1) for voice in voices])
+        return _cut(blocks, ends)
+
+    def _run_and_copy(
+        self, slices: Slices, groups: Sequence[Sequence[Piece]], dtype: np.dtype[Any]
+    ) -> list[np.ndarray]:
+        """Each slice's samples in a block of page-locked memory; while one is copied, the next is computed."""
+        import cupy
+
+        from ._driver import copy
+
+        stream, copies = self._stream.ptr, self._copies.ptr
+        most = max(sum(piece.hops for piece in group) for group in groups)
+        buffers = [cupy.empty(most * self.config.hop_length, dtype) for _ in groups[:2]]
+        computed, copied = Event(), [Event() for _ in buffers]
+        self._entered.record(cupy.cuda.get_current_stream().ptr)  # the buffers are made in its order
+        self._entered.hold(stream)
+        blocks = []
+        for i, group in enumerate(groups):
+            turn = i % len(buffers)
+            copied[turn].hold(stream)
+            address, hop_bytes = int(buffers[turn].data.ptr), self.config.hop_length * dtype.itemsize
+            begin = address - group[0].output * hop_bytes  # pieces count their hops from the first of all slices
+            slices.run(group, stream, **{"pcm" if dtype == np.int16 else "samples": begin})
+            computed.record(stream)
+            computed.hold(copies)
+            nbytes = sum(piece.hops for piece in group) * hop_bytes
+            block = np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), dtype, nbytes // dtype.itemsize)
+            copy(block.ctypes.data, address, nbytes, copies)
+            copied[turn].record(copies)
+            blocks.append(block)
+        for event in copied:
+            event.synchronize()
+        return blocks
+
+    def _groups(self, voices: Sequence[Voice]) -> tuple[Slices, list[list[Piece]]]:
+        """The voices in slices, one after the other in the output, and what runs them."""
+        margin, frames_each = margins(self.config).total, self.config.frames_per_token
+        slices = self._slices_for(sum(frames_each * (voice.tokens - 1) + 1 for voice in voices))
+        pieces: list[Piece] = []
+        output = 0
+        for voice in voices:
+            pieces += whole_pieces(voice.address, voice.tokens, output, margin, slices.rows)
+            output += (voice.tokens - 1) * frames_each
+        return slices, group_pieces(pieces, slices.rows) if pieces else []
+
+    def _slices_for(self, frames: int) -> Slices:
+        """Activations for so many frames, or for as many as go through at a time."""
+        wanted = min(self._most_rows, -(-frames // LEAST_ROWS) * LEAST_ROWS)
+        if self._slices is None or self._slices.rows < wanted:
+            if self._slices is not None:
+                self._stream.synchronize()
+                self._slices = None  # first, so that its memory can serve again
+            self._slices = make_slices(self.config, self._plan, wanted, self._index)
+            if self._slices.rows < wanted:
+                self._most_rows = self._slices.rows  # there is no memory for more
+        return self._slices
+
+    # -- streams ---------------------------------------------------------------------------------------------------
+
+    def stream(self) -> DecoderStream:
+        """A fresh streaming state for one voice; states may be CuPy or NumPy, any number at a time."""
+        with self.turn():
+            for table in self._tables:
+                slot = table.acquire()
+                if slot is not None:
+                    return GpuStream(self, table, slot)
+            table = StreamTable(self.config, self._plan, STREAM_SLOTS, self._index)
+            self._tables.append(table)
+            slot = table.acquire()
+            assert slot is not None
+            return GpuStream(self, table, slot)
+
+    # -- devices and streams ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One thread at a time, on our device."""
+        with self._lock, on_device(self._index):
+            yield
+
+    @contextmanager
+    def _ordered(self) -> Iterator[None]:
+        """What our stream is given within comes after the caller's work so far and before the caller's next."""
+        import cupy
+
+        current = cupy.cuda.get_current_stream().ptr
+        self._entered.record(current)
+        self._entered.hold(self._stream.ptr)
+        try:
+            yield
+        finally:
+            self._left.record(self._stream.ptr)
+            self._left.hold(current)
+
+    def _on_device(self, states: Array, axes: int) -> Array:
+        """States as contiguous float32 on our device."""
+        import cupy
+
+        array = cupy.ascontiguousarray(cupy.asarray(states, np.float32))
+        least = 2 if axes == 3 else 0
+        if array.ndim != axes or array.shape[-1] != self.config.input_size or array.shape[-2] < least:
+            form = "(B, T, {})" if axes == 3 else "(T, {})"
+            raise ParameterError(
+                f"states of shape {array.shape} must be {form.format(self.config.input_size)} with T >= 2"
+            )
+        return array
+
+    def _upload(self, utterances: Sequence[Array]) -> list[Array]:
+        """All utterances on the device; those of the host travel together."""
+        for states in utterances:
+            if states.ndim != 2 or states.shape[0] < 2 or states.shape[1] != self.config.input_size:
+                raise ParameterError(
+                    f"states of shape {states.shape} must be (T, {self.config.input_size}) with T >= 2"
+                )
+        hosted = [i for i, states in enumerate(utterances) if module_of(states) is np]
+        arrays = list(utterances)
+        if hosted:
+            together = self._on_device(np.concatenate([np.asarray(utterances[i], np.float32) for i in hosted]), 2)
+            ends = np.cumsum([len(utterances[i]) for i in hosted])
+            for i, end in zip(hosted, ends.tolist(), strict=True):
+                arrays[i] = together[end - len(utterances[i]) : end]
+        return [self._on_device(array, 2) for array in arrays]
+
+
+def _place(weights: HostWeights) -> dict[str, Array]:
+    """All weights on the current device, matrices packed."""
+    import cupy
+
+    matrices = set(weights.matrices())
+    placed: dict[str, Array] = {}
+    for name, values in weights.arrays.items():
+        array = cupy.asarray(values)
+        placed[name] = pack_linear(array, cupy) if name in matrices else array
+    return placed
+
+
+def _cut(blocks: Sequence[np.ndarray], ends: np.ndarray) -> list[np.ndarray]:
+    """Consecutive blocks cut anew where the utterances end; only those that lie in several blocks are copied."""
+    result: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
+    waiting = iter(blocks)
+    rest = next(waiting)
+    start = 0
+    for end in ends.tolist():
+        missing = end - start
+        parts = []
+        while missing:
+            if not len(rest):
+                rest = next(waiting)
+            part, rest = rest[:missing], rest[missing:]
+            missing -= len(part)
+            parts.append(part)
+        result.append(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        start = end
+    return result

@@ -1,0 +1,85 @@
+"""Whole voices on the GPU: their activations, their programs, and the tables that go with each run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ..config import DecoderConfig
+from ..errors import DeviceError
+from . import vocos_plan
+from .arena import Arena
+from .program import Program, load_program
+from .vocos_plan import Capacity, Plan, RowRange
+from .vocos_tables import Piece, build_tables
+from .vocos_upload import HostTables
+
+logger = logging.getLogger(__name__)
+
+# Most frames of a program: a product's kernel is chosen for a range of rows.
+ROW_CLASSES = (16, 64, 256, 1024, 3072)
+LEAST_ROWS = 1024
+TABLES_UNDER_WAY = 2  # slices whose tables the host has written ahead
+
+
+def row_class(rows: int, capacity: int) -> RowRange:
+    """The range of rows that one program serves, among which `rows` is."""
+    ends = (*(end for end in ROW_CLASSES if end < capacity), capacity)
+    most = next(end for end in ends if end >= rows)
+    return RowRange(max((end + 1 for end in ends if end < most), default=1), most)
+
+
+class Slices:
+    """Runs pieces of whole voices, up to `rows` frames at a time; nothing is allocated while it does."""
+
+    def __init__(self, config: DecoderConfig, plan: Plan, rows: int, device: int) -> None:
+        self.rows, self._plan, self._device = rows, plan, device
+        self._capacity = Capacity.of_rows(rows)
+        tables = vocos_plan.table_specs(self._capacity)
+        specs = tables | vocos_plan.activation_specs(config, self._capacity)
+        self._arena = Arena(specs)
+        self._places = {name: self._arena.pointer(name) for name in specs}
+        self._tables = [HostTables(tables, self._places) for _ in range(TABLES_UNDER_WAY)]
+        self._programs: dict[int, Program] = {}
+        self._turn = 0
+        logger.info("decoder: %d frames at a time, %.0f MB of activations", rows, self.nbytes / 1e6)
+
+    @property
+    def nbytes(self) -> int:
+        """GPU memory of all activations and tables."""
+        return self._arena.nbytes
+
+    def run(self, pieces: Sequence[Piece], stream: int, *, samples: int = 0, pcm: int = 0) -> None:
+        """Queue a slice. samples, pcm: where the hops go as float32 and as 16-bit integers; 0: nowhere."""
+        shape = self._plan.transform
+        hops = sum(piece.hops for piece in pieces)
+        tables = build_tables(pieces, shape.span_hops(hops, self._plan.facts.multiprocessors))
+        self._turn = (self._turn + 1) % len(self._tables)
+        self._tables[self._turn].send(tables, stream, samples=samples, pcm=pcm)
+        program = self._program(row_class(len(tables.rows), self.rows))
+        program.run(stream, len(tables.rows), len(tables.tokens), len(tables.spans))
+
+    def _program(self, rows: RowRange) -> Program:
+        if rows.most not in self._programs:
+            launches = list(self._plan.whole(self._places, rows, min(self._capacity.tokens, rows.most)))
+            self._programs[rows.most] = load_program(launches, self._device)
+        return self._programs[rows.most]
+
+
+def make_slices(config: DecoderConfig, plan: Plan, rows: int, device: int) -> Slices:
+    """`Slices` of `rows` frames, or of as many as there is memory for; `DeviceError` where there is too little."""
+    import cupy
+
+    wanted = rows
+    while True:
+        try:
+            return Slices(config, plan, rows, device)
+        except MemoryError as error:
+            cupy.get_default_memory_pool().free_all_blocks()
+            if rows <= LEAST_ROWS:
+                raise DeviceError(
+                    f"the GPU has no memory left for the decoder's activations of {rows} frames; close other programs "
+                    "that use it"
+                ) from error
+            rows = max(LEAST_ROWS, rows // 2)
+            logger.warning("no GPU memory for %d frames at a time; trying %d, which is slower", wanted, rows)
