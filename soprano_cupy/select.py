@@ -1,7 +1,9 @@
 """Which implementation computes on a device, and why: the one place where that is decided.
 
 CPU: the compiled engine of `cpu/`, or the array code of `portable/` for float64, for matmul-softmax attention, and
-where the extension modules are missing. GPU: array code on CuPy, with the flash-attention kernels where they work.
+where the extension modules are missing. GPU: the engine of `gpu/` in 16-bit weights, or the array code on CuPy, with
+the flash-attention kernels where they work, for wider weights, for matmul-softmax attention, and where the engine
+cannot run.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import TypeVar
 from .attention import select_attention
 from .checkpoint import TensorFile
 from .config import DecoderConfig, ModelConfig
-from .errors import ParameterError
+from .device import cuda_index
+from .errors import DeviceError, ParameterError
 from .runner import DecoderRunner, LanguageModelRunner
 
 logger = logging.getLogger(__name__)
@@ -23,7 +26,8 @@ Runner = TypeVar("Runner", LanguageModelRunner, DecoderRunner)
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16", "int8")
 CPU_ENGINE_DTYPES = ("float32", "bfloat16", "int8")
 CPU_AUTO = "bfloat16"  # the checkpoints' own precision: nothing is rounded, and half of float32's memory is read
-GPU_AUTO = "bfloat16"
+GPU_ENGINE_DTYPES = ("bfloat16", "float16")
+GPU_AUTO = "bfloat16"  # of array code
 
 
 def select_language_model(
@@ -42,7 +46,11 @@ def select_language_model(
 
             chosen = CPU_AUTO if dtype == "auto" else dtype
             return _told(CpuLanguageModel(file, config, chosen, f"compiled engine, {_asked(dtype)}"))
-        logger.warning("the CPU engine is off: %s; array code is used, which is slower", problem)
+        _warn_slow("the CPU engine", problem)
+    if device != "cpu" and dtype in ("auto", *GPU_ENGINE_DTYPES) and attention != "standard":
+        runner = _gpu_language_model(file, config, device, dtype)
+        if runner is not None:
+            return _told(runner)
     from .portable.qwen3 import PortableLanguageModel
 
     chosen = _portable_dtype(device, dtype)
@@ -66,11 +74,54 @@ def select_decoder(file: TensorFile, config: DecoderConfig, device: str, dtype: 
 
         chosen = "float32" if dtype == "auto" else dtype
         return _told(CpuDecoder(file, config, chosen, f"compiled engine, {_asked(dtype)}"))
+    if device != "cpu" and dtype in ("auto", *GPU_ENGINE_DTYPES):
+        runner = _gpu_decoder(file, config, device, dtype)
+        if runner is not None:
+            return _told(runner)
     from .portable.vocos import PortableDecoder
 
     # Array code keeps the decoder wide on every device: phases do not bear bfloat16's 8 bits.
     chosen = "float64" if dtype == "float64" else "float32"
     return _told(PortableDecoder(file, config, device, chosen, f"array code, {_asked(dtype)}"))
+
+
+def _gpu_language_model(file: TensorFile, config: ModelConfig, device: str, dtype: str) -> LanguageModelRunner | None:
+    """The GPU engine's runner; None, with the reason in the log, where it cannot run."""
+    from .cuda.module import device_facts
+    from .gpu.qwen3 import GpuLanguageModel, best_dtype, engine_problem
+
+    chosen = best_dtype(device_facts(cuda_index(device)).capability) if dtype == "auto" else dtype
+    problem = engine_problem(config, device, chosen)
+    try:
+        if problem is None:
+            return GpuLanguageModel(file, config, device, chosen, f"GPU engine, {_asked(dtype)}")
+    except DeviceError as error:
+        if error.sticky:
+            raise
+        problem = str(error)
+        file.rewind()
+    _warn_slow("the GPU engine", problem)
+    return None
+
+
+def _gpu_decoder(file: TensorFile, config: DecoderConfig, device: str, dtype: str) -> DecoderRunner | None:
+    from .gpu.vocos import GpuDecoder, decoder_problem
+
+    problem = decoder_problem(config, device)
+    try:
+        if problem is None:
+            return GpuDecoder(file, config, device, f"GPU engine, {_asked(dtype)}; its matrices are float16")
+    except DeviceError as error:
+        if error.sticky:
+            raise
+        problem = str(error)
+        file.rewind()
+    _warn_slow("the GPU decoder", problem)
+    return None
+
+
+def _warn_slow(what: str, problem: str) -> None:
+    logger.warning("%s is off: %s; array code is used, which is slower", what, problem)
 
 
 @lru_cache(maxsize=1)

@@ -101,6 +101,10 @@ class TensorFile:
         """Count a tensor as used without reading it; it need not be there."""
         self._taken.add(name)
 
+    def rewind(self) -> None:
+        """Count every tensor as unread again, for another reader."""
+        self._taken.clear()
+
     def finish(self) -> None:
         """`CheckpointError` if the file holds tensors that nobody popped or discarded."""
         surplus = sorted(self._entries.keys() - self._taken)

@@ -1,0 +1,353 @@
+"""Sequences that generate together on the GPU: their memory, their programs, and the graphs that advance them.
+
+Everything is planned for a number of slots when a `Batch` is made: nothing is allocated while it generates. A slot
+holds a sequence's keys and values, its sampling state, its hidden states and its tokens. The sampling kernel keeps all
+of that up to date by itself, so any number of steps can be asked for ahead; the host reads how far each slot is from
+one word of mapped memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..config import MAX_NEW_TOKENS, ModelConfig
+from ..errors import DeviceError
+from ..generation import Request
+from ..sampling import SamplingParams
+from . import step
+from ._driver import Event, Graph, MappedMemory, Program, copy
+from .arena import Arena
+from .forward import (
+    Activations,
+    Cache,
+    Forward,
+    PromptSizes,
+    PromptTables,
+    RowRange,
+    SamplePlaces,
+    activation_specs,
+)
+from .program import load_program
+
+logger = logging.getLogger(__name__)
+
+Array = Any  # cupy.ndarray
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # rows of a decode step
+PROMPT_CLASSES = (16, 64, 256, 1024)  # most rows of a prefill program; beyond, what the arena holds
+PROMPT_ROWS = 8192  # of one prefill, at most
+CAPACITY_STEP = 1024  # tokens; capacities are multiples of it, or what the model allows
+STEPS = 2  # of a graph
+AHEAD = 6  # steps under way before the host waits
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """What a batch is planned for."""
+
+    slots: int
+    capacity: int  # tokens of a slot, prompt and speech together
+    tokens: int  # new tokens of a slot
+
+    def serves(self, other: BatchSizes) -> bool:
+        """Whether a batch of these sizes can do what `other` asks for."""
+        return self.slots >= other.slots and self.capacity >= other.capacity and self.tokens >= other.tokens
+
+
+def sizes_for(requests: Sequence[Request], max_positions: int) -> BatchSizes:
+    """The sizes for these requests, rounded up so that similar calls share a batch."""
+    tokens = max(MAX_NEW_TOKENS, *(r.params.max_new_tokens for r in requests))
+    longest = max(len(r.ids) + r.params.max_new_tokens for r in requests)
+    capacity = min(-(-longest // CAPACITY_STEP) * CAPACITY_STEP, max_positions)
+    return BatchSizes(bucket_of(len(requests)), capacity, min(tokens, max_positions))
+
+
+def bucket_of(rows: int) -> int:
+    """The rows of the decode step that serves `rows` sequences."""
+    return next(size for size in BUCKETS if size >= rows)
+
+
+def batch_specs(config: ModelConfig, sizes: BatchSizes) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Every buffer of a batch, for its arena; 16-bit numbers as their bits."""
+    c, slots = config, sizes.slots
+    prompt_rows = prompt_capacity(sizes)
+    kv = (c.num_layers, slots, sizes.capacity, c.num_kv_heads, c.head_dim)
+    specs: dict[str, tuple[tuple[int, ...], Any]] = {"keys": (kv, np.uint16), "values": (kv, np.uint16)}
+    specs |= {f"prompt.{k}": v for k, v in activation_specs(c, prompt_rows, "uint16").items()}
+    specs |= {f"step.{k}": v for k, v in activation_specs(c, slots, "uint16").items()}
+    specs["queries"] = ((prompt_rows, c.num_heads, c.head_dim), np.uint16)
+    specs["logits"] = ((slots, c.vocab_size), np.float32)
+    specs["states"] = ((slots, sizes.tokens, c.hidden_size), np.float32)
+    return specs | upload_specs(config, sizes)
+
+
+def prompt_capacity(sizes: BatchSizes) -> int:
+    """Rows that one prefill takes: a whole prompt at least."""
+    return max(sizes.capacity, min(64 * sizes.slots, PROMPT_ROWS))
+
+
+def upload_specs(config: ModelConfig, sizes: BatchSizes) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """What the host writes before a prefill, in the order in which it lies in memory."""
+    rows, slots = prompt_capacity(sizes), sizes.slots
+    return {
+        "slots": ((slots,), step.SLOT_STATE),
+        "seen": ((slots, -(-config.vocab_size // 32)), np.uint32),
+        "slot_of_row": ((slots,), np.int32),
+        "starts": ((slots + 1,), np.int32),
+        "lengths": ((slots,), np.int32),
+        "ids": ((rows,), np.int32),
+        "row_slots": ((rows,), np.int32),
+        "row_positions": ((rows,), np.int32),
+    }
+
+
+class Batch:
+    """Slots 0..n-1 with all they need. One thread uses a batch at a time."""
+
+    def __init__(self, forward: Forward, sizes: BatchSizes) -> None:
+        import cupy
+
+        self.sizes, self._forward = sizes, forward
+        self._config = forward.config
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self._capture_stream = cupy.cuda.Stream(non_blocking=True)
+        self._arena = Arena(batch_specs(self._config, sizes))
+        self._workspace = cupy.zeros(max(1, self._workspace_bytes()), np.uint8)
+        cupy.cuda.get_current_stream().synchronize()  # our own stream does not wait for it
+        self.nbytes = self._arena.nbytes + int(self._workspace.nbytes)
+        self._upload = Upload(self._arena, upload_specs(self._config, sizes))
+        self._progress_memory = MappedMemory(8 * sizes.slots)
+        self._tokens_memory = MappedMemory(4 * sizes.slots * sizes.tokens)
+        self.progress = np.frombuffer(self._progress_memory.view(), np.uint64)
+        self.tokens = np.frombuffer(self._tokens_memory.view(), np.int32).reshape(sizes.slots, sizes.tokens)
+        self.states: Array = self._arena["states"]
+        self._prompts = Activations(**{k: self._arena.pointer(f"prompt.{k}") for k in Activations.__dataclass_fields__})
+        self._steps = Activations(**{k: self._arena.pointer(f"step.{k}") for k in Activations.__dataclass_fields__})
+        self._cache = Cache(self._arena.pointer("keys"), self._arena.pointer("values"), sizes.slots, sizes.capacity)
+        self._programs: dict[tuple[Any, ...], Program] = {}
+        self._graphs: dict[int, Graph] = {}
+        logger.info(
+            "%d voices of up to %d tokens planned on the GPU: %.0f MB", sizes.slots, sizes.capacity, self.nbytes / 1e6
+        )
+
+    # -- a call ---------------------------------------------------------------------------------------------------
+
+    def begin(self, requests: Sequence[Request], *, give_up: bool) -> None:
+        """Put request i into slot i, read the prompts and draw the first tokens; nothing is waited for."""
+        self._rows = bucket_of(len(requests))
+        self.progress[:] = 0
+        self._upload.slots(requests, self.sizes, give_up=give_up)
+        first = 0
+        for group in prompt_groups([len(r.ids) for r in requests], prompt_capacity(self.sizes)):
+            if first:
+                self.stream.synchronize()  # the tables are read from the host's memory until then
+            self._prefill([requests[i].ids for i in group], first)
+            first += len(group)
+        self._tail(self._rows).run(self.stream.ptr)
+        self.steps = 1  # asked for so far
+
+    def advance(self) -> None:
+        """Ask for the next steps of all sequences."""
+        self._graph(self._rows).launch(self.stream.ptr)
+        self.steps += STEPS
+
+    def wait(self, slot: int, count: int) -> int:
+        """Wait until a slot has made `count` tokens or has ended; its progress word."""
+        while True:
+            word = int(self.progress[slot])
+            if step.progress_count(word) >= count or step.progress_status(word):
+                return word
+            while self.steps < count + AHEAD:
+                self.advance()
+            self._progress_memory.wait(8 * slot, word, self.stream.ptr, changed=True, nbytes=8)
+
+    def finish(self, count: int) -> list[int]:
+        """Generate slots 0 to count - 1 to their ends; their last progress words."""
+        while True:
+            words = self.progress[:count].copy()
+            running = np.flatnonzero(step.progress_status(words) == step.RUNNING)
+            if len(running) == 0:
+                return [int(word) for word in words]
+            made = step.progress_count(words[running])
+            slowest = int(running[made.argmin()])
+            while self.steps < int(made.min()) + AHEAD:
+                self.advance()
+            self._progress_memory.wait(8 * slowest, int(words[slowest]), self.stream.ptr, changed=True, nbytes=8)
+
+    def settle(self, count: int) -> None:
+        """Make ready for another call, once the present stream has read what it wants."""
+        import cupy
+
+        if (step.progress_status(self.progress[:count]) == step.RUNNING).any():  # given up by the caller
+            self.stream.synchronize()
+        self.stream.wait_event(cupy.cuda.get_current_stream().record())
+
+    def _prefill(self, prompts: Sequence[np.ndarray], first: int) -> None:
+        """The prompts of slots first, first + 1, ...: their keys and values, and the last row of each."""
+        lengths = [len(ids) for ids in prompts]
+        rows, longest = sum(lengths), max(lengths)
+        self._upload.prompts(prompts, first)
+        self._upload.send(self.stream.ptr)
+        program = self._prompt_program(rows, len(prompts), first)
+        program.run(self.stream.ptr, rows=rows, sequences=len(prompts), longest=longest)
+
+    # -- measuring ------------------------------------------------------------------------------------------------
+
+    def time_steps(self, count: int, context: int, steps: int, repeats: int) -> list[float]:
+        """Seconds of a decode step for `count` sequences of about `context` tokens, one mean for each repeat."""
+        replays = max(1, steps // STEPS)
+        results = []
+        for _ in range(repeats + 1):  # the first warms up
+            self._pretend(count, max(1, context - steps // 2))
+            start, end = Event(timing=True), Event(timing=True)
+            start.record(self.stream.ptr)
+            self._graph(self._rows).launch(self.stream.ptr, replays)
+            end.record(self.stream.ptr)
+            end.synchronize()
+            if int(step.progress_count(self.progress[:count]).min()) < replays * STEPS:
+                raise DeviceError("a sequence ended while its steps were timed; use a checkpoint that goes on")
+            results.append(end.elapsed_ms(start) / 1e3 / (replays * STEPS))
+        return results[1:]
+
+    def profile_step(self, count: int, context: int) -> list[tuple[str, float]]:
+        """Microseconds of each launch of a decode step by itself: kernel and time, in order."""
+        self._pretend(count, context)
+        program = self._step(self._rows)
+        program.run(self.stream.ptr)
+        return [(name, float(us)) for name, us in program.profile(self.stream.ptr)]
+
+    def _pretend(self, count: int, context: int) -> None:
+        """Slots that hold `context` tokens of nothing."""
+        params = SamplingParams(max_new_tokens=self.sizes.tokens)
+        self._rows = bucket_of(count)
+        self.stream.synchronize()
+        self.progress[:] = 0
+        self._upload.slots([Request(np.zeros(context, np.int32), params)] * count, self.sizes, give_up=False)
+        self._upload.send(self.stream.ptr)
+
+    # -- programs -------------------------------------------------------------------------------------------------
+
+    def _program(self, key: tuple[Any, ...], launches: Any) -> Program:
+        program = self._programs.get(key)
+        if program is None:
+            program = self._programs[key] = load_program(list(launches()), self._forward.facts.index)
+        return program
+
+    def _prompt_program(self, rows: int, sequences: int, first: int) -> Program:
+        """All layers for up to so many rows, then the last row of each sequence to the decode step's buffers."""
+        limit = prompt_capacity(self.sizes)
+        ends = [end for end in PROMPT_CLASSES if end < limit] + [limit]
+        index = next(i for i, end in enumerate(ends) if end >= rows)
+        span = RowRange(ends[index - 1] + 1 if index else 1, ends[index])
+        longest = -(-span.most // sequences)
+
+        def launches() -> list[Any]:
+            sizes = PromptSizes(sequences, first, longest)
+            layers = self._forward.prompt_layers(self._prompts, self._cache, self._tables(), span, sizes)
+            return [*layers, self._forward.gather(self._prompts, self._steps, self._tables().starts, sequences, first)]
+
+        return self._program(("prompt", index, sequences, first), launches)
+
+    def _tail(self, rows: int) -> Program:
+        """From the residual stream of each row to its next token."""
+        return self._program(("tail", rows), lambda: self._tail_launches(rows))
+
+    def _step(self, rows: int) -> Program:
+        """One token for each row."""
+        return self._program(("step", rows), lambda: [*self._layer_launches(rows), *self._tail_launches(rows)])
+
+    def _layer_launches(self, rows: int) -> list[Any]:
+        pointer, workspace = self._arena.pointer, int(self._workspace.data.ptr)
+        return list(
+            self._forward.decode_layers(
+                self._steps, self._cache, rows, pointer("slots"), pointer("slot_of_row"), workspace
+            )
+        )
+
+    def _tail_launches(self, rows: int) -> list[Any]:
+        pointer = self._arena.pointer
+        places = SamplePlaces(
+            slots=pointer("slots"), seen=pointer("seen"), slot_of_row=pointer("slot_of_row"), logits=pointer("logits"),
+            states=pointer("states"), most_tokens=self.sizes.tokens, tokens=self._tokens_memory.device,
+            progress=self._progress_memory.device,
+        )  # fmt: skip
+        return [self._forward.head(self._steps, rows, places.logits), self._forward.sample(self._steps, rows, places)]
+
+    def _graph(self, rows: int) -> Graph:
+        graph = self._graphs.get(rows)
+        if graph is None:
+            program = self._step(rows)
+            graph = self._graphs[rows] = Graph.capture(self._capture_stream.ptr, [(program,)] * STEPS)
+        return graph
+
+    def _tables(self) -> PromptTables:
+        names = ("ids", "row_slots", "row_positions", "starts", "lengths", "queries")
+        return PromptTables(**{name: self._arena.pointer(name) for name in names})
+
+    def _workspace_bytes(self) -> int:
+        return max(
+            self._forward.workspace_bytes(rows, self.sizes.capacity) for rows in BUCKETS if rows <= self.sizes.slots
+        )
+
+
+def prompt_groups(lengths: Sequence[int], rows: int) -> list[list[int]]:
+    """Indices of consecutive prompts that fit `rows` together."""
+    groups: list[list[int]] = [[]]
+    used = 0
+    for index, length in enumerate(lengths):
+        if groups[-1] and used + length > rows:
+            groups.append([])
+            used = 0
+        groups[-1].append(index)
+        used += length
+    return groups
+
+
+class Upload:
+    """What the host tells the GPU before a prefill: one piece of pinned memory, one copy."""
+
+    def __init__(self, arena: Arena, specs: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
+        names = list(specs)
+        self._target = arena.pointer(names[0])
+        ends = [arena.pointer(name) + arena[name].nbytes for name in names]
+        self._memory = MappedMemory(ends[-1] - self._target)
+        self._views = {
+            name: np.frombuffer(
+                self._memory.view(), np.dtype(dtype), math.prod(shape), arena.pointer(name) - self._target
+            ).reshape(shape)
+            for name, (shape, dtype) in specs.items()
+        }
+
+    def slots(self, requests: Sequence[Request], sizes: BatchSizes, *, give_up: bool) -> None:
+        """The sampling state of slot i for request i; rows 0..n-1 of the step are slots 0..n-1."""
+        view, seen = self._views["slots"], self._views["seen"]
+        count = len(requests)
+        for i, request in enumerate(requests):
+            view[i] = step.slot_state(request, sizes.capacity, give_up=give_up)
+        held = np.zeros((count, seen.shape[1] * 32), np.uint8)
+        for i, request in enumerate(requests):
+            held[i, request.ids] = 1
+        seen[:count] = np.packbits(held, axis=1, bitorder="little").view(np.uint32)
+        self._views["slot_of_row"][:] = -1
+        self._views["slot_of_row"][:count] = np.arange(count)
+
+    def prompts(self, prompts: Sequence[np.ndarray], first: int) -> None:
+        """Rows of the prompts of slots first, first + 1, ..."""
+        lengths = np.array([len(ids) for ids in prompts])
+        rows, count, views = int(lengths.sum()), len(prompts), self._views
+        views["starts"][0] = 0
+        views["starts"][1 : count + 1] = np.cumsum(lengths)
+        views["lengths"][:count] = lengths
+        views["ids"][:rows] = np.concatenate(prompts)
+        views["row_slots"][:rows] = np.repeat(np.arange(first, first + count), lengths)
+        views["row_positions"][:rows] = np.arange(rows) - np.repeat(views["starts"][:count], lengths)
+
+    def send(self, stream: int) -> None:
+        """Copy everything to the GPU, in the stream's order."""
+        copy(self._target, self._memory.host, self._memory.nbytes, stream)
