@@ -95,11 +95,11 @@ class Run:
             "cold_start": lambda: measuring.cold_start(subject),
         }
         yield from ((name, measured[name]) for name in PARTS if name in self.options.only)
+        if self.options.profile:
+            yield "profile", self._profile
         for peer in peers.PEERS:
             if peer in self.options.peer:
                 yield f"peer {peer}", getattr(self, f"_{peer}")
-        if self.options.profile:
-            yield "profile", self._profile
 
     def measure(self) -> None:
         for name, part in self.parts():

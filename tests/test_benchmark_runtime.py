@@ -272,6 +272,35 @@ def test_context_that_a_stream_needs(endless: Path) -> None:
     assert measuring.states_before_sound(subject) == 2
 
 
+def test_memory_is_told_apart(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = measuring.Subject(str(endless), SopranoTTS(endless, "cpu"), measuring.SMOKE, {})
+    subject.gpu = True
+    told = {"after_context": 7_000_000, "after": 4_000_000, "nvidia_smi_mb": 5.5}
+    monkeypatch.setattr(measuring, "_free_bytes", lambda: 9_000_000)
+    monkeypatch.setattr(measuring, "ask", lambda *_, **__: workers.Answer(told, 1.0))
+    rows = {row.case: row for row in measuring.memory(subject, 1)}
+    values = {"": 5.0, "/context": 2.0, "/ours": 3.0, "/nvidia_smi": 5.5}
+    assert {case: row.value for case, row in rows.items()} == {f"memory/B1{name}": mb for name, mb in values.items()}
+    weights = (endless / "model.safetensors").stat().st_size  # all in 16 bits
+    decoder = least_work.decoder_work(TINY_DECODER, 0, 0).moved
+    assert rows["memory/B1"].limit == pytest.approx((weights + decoder) / 1e6, rel=0.05)
+
+
+def test_cold_starts(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first run of a folder finds its caches empty, the others do not."""
+    seconds, folders = iter([9.0, 2.0, 3.0]), []
+
+    def ask(*_: Any, environment: dict[str, str], **__: Any) -> workers.Answer:
+        folders.append(environment["SOPRANO_CACHE_DIR"])
+        return workers.Answer({}, next(seconds))
+
+    monkeypatch.setattr(measuring, "ask", ask)
+    subject = measuring.Subject(str(endless), SopranoTTS(endless, "cpu"), measuring.SMOKE, {})
+    rows = {row.case: (row.value, row.repeats) for row in measuring.cold_start(subject)}
+    assert rows == {"cold_start/warm_cache": (2.5, 2), "cold_start/empty_cache": (9.0, 1)}
+    assert len(set(folders)) == 1
+
+
 SPOKEN = ["first_audio", "voice/B1", "throughput/B3"]
 ALL = ["step/B1/ctx24", "step/B4/ctx24", *SPOKEN[:2], "vocos/B2/T8", "vocos_host/B2/T8/float32", "vocos/B1/T1"]
 
@@ -363,6 +392,40 @@ def test_a_peer_joins_our_row() -> None:
     runtime_peers.join(rows, "throughput/B2", "torch_upstream", 4.0)
     assert rows.keys() == {"voice/B1"}
     assert rows["voice/B1"].peer == {"torch_upstream": 4.0}
+
+
+def test_peers_answers(endless: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each value finds its row; a peer that computes something else is left out."""
+    from benchmarks import runtime_peers
+
+    subject = measuring.Subject(str(endless), SopranoTTS(endless, "cpu"), measuring.SMOKE, {})
+    cases = ["step/B4/ctx24", "vocos/B1/T1", "first_audio", "voice/B1", "throughput/B3", "cold_start/warm_cache"]
+    rows = {case: Row(case, 1.0, "us", 1) for case in cases}
+    answers: dict[str, dict[str, Any]] = {
+        "graph": {"logits_error": 1e-6, "audio_error": 1e-6, "step_us": {"4": 7.0}, "vocos": {"B1/T1": 8.0}},
+        "upstream": {"first_audio_s": 0.5, "batch": {"1": 2.0, "3": 3.0}},
+        "start": {"after": None},
+    }
+
+    def ask(script: str, job: dict[str, Any], **_: Any) -> workers.Answer:
+        json.dumps(job)
+        name = "start" if job.get("start") else script.removeprefix("peer_").removesuffix(".py")
+        return workers.Answer(answers[name], 4.0)
+
+    monkeypatch.setattr(runtime_peers, "ask", ask)
+    checks = runtime_checks.Checks()
+    runtime_peers.graph(subject, rows, checks, "python", tmp_path)
+    runtime_peers.upstream(subject, rows, "python")
+    assert checks.passed == 2
+    assert [row.peer for row in rows.values()] == [
+        {"torch_graph": 7.0},
+        {"torch_float32": 8.0},
+        *({"torch_upstream": value} for value in (500.0, 2.0, 3.0, 4.0)),
+    ]
+    answers["graph"] |= {"logits_error": 0.3, "step_us": {"4": 1.0}}
+    with pytest.raises(ValueError, match="the peer is wrong"):
+        runtime_peers.graph(subject, rows, checks, "python", tmp_path)
+    assert (rows["step/B4/ctx24"].peer, checks.passed, checks.failures) == ({"torch_graph": 7.0}, 2, [])
 
 
 def test_the_readme_table() -> None:
