@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -247,9 +246,9 @@ def vocos(subject: Subject, voices: int, tokens: int) -> Iterator[Row]:
         return
     utterances = list(states)
     yield rate_row(f"vocos_host/{case}/float32", factors(lambda: decoder.decode_many(utterances)), limit)
-    if "dtype" in inspect.signature(decoder.decode_many).parameters:
-        narrow: Any = decoder.decode_many
-        yield rate_row(f"vocos_host/{case}/int16", factors(lambda: narrow(utterances, dtype=np.int16)), limit)
+    narrow = getattr(decoder, "decode_pcm16", None)  # decoders that round to 16 bits themselves
+    if narrow is not None:
+        yield rate_row(f"vocos_host/{case}/int16", factors(lambda: narrow(utterances)), limit)
 
 
 def vocos_stream(subject: Subject) -> Row:

@@ -22,6 +22,7 @@ from benchmarks.spoken_length import held_to
 from soprano_cupy import SopranoTTS
 from soprano_cupy.config import MAX_NEW_TOKENS
 from soprano_cupy.cpu.qwen3 import CpuLanguageModel
+from soprano_cupy.cpu.vocos import CpuDecoder
 from soprano_cupy.testing import (
     SOPRANO_1_1_80M,
     SOPRANO_1_1_80M_DECODER,
@@ -299,6 +300,28 @@ def test_cold_starts(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {row.case: (row.value, row.repeats) for row in measuring.cold_start(subject)}
     assert rows == {"cold_start/warm_cache": (2.5, 2), "cold_start/empty_cache": (9.0, 1)}
     assert len(set(folders)) == 1
+
+
+def test_the_decoder_alone(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the host in 16 bits where the decoder rounds itself; one voice stays on the device."""
+    monkeypatch.setattr(CpuDecoder, "decode_pcm16", CpuDecoder.decode_many, raising=False)
+    subject = measuring.Subject(str(endless), SopranoTTS(endless, "cpu"), measuring.SMOKE, H200)
+    rows = [*measuring.vocos(subject, 2, 3), *measuring.vocos(subject, 1, 1)]
+    assert [row.case for row in rows] == [
+        "vocos/B2/T3", "vocos_host/B2/T3/float32", "vocos_host/B2/T3/int16", "vocos/B1/T1",
+    ]  # fmt: skip
+    limit = 2 * 3 * 0.064 / least_work.decoder_work(TINY_DECODER, 2, 3).seconds(H200)
+    assert [row.limit for row in rows[:3]] == [pytest.approx(limit)] * 3
+
+
+def test_kernels_of_a_step(endless: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = measuring.Subject(str(endless), SopranoTTS(endless, "cpu"), measuring.SMOKE, {})
+    assert measuring.profile(subject, 4) == []
+    kernels = lambda _, batch, context: [("short", 1.0), ("long", float(batch + context))]  # noqa: E731
+    monkeypatch.setattr(CpuLanguageModel, "profile", kernels, raising=False)
+    rows = {row.case: row.value for row in measuring.profile(subject, 4)}
+    assert rows == {"profile/B4/ctx24/long": 28.0, "profile/B4/ctx24/short": 1.0}
+    assert list(rows) == ["profile/B4/ctx24/long", "profile/B4/ctx24/short"]
 
 
 SPOKEN = ["first_audio", "voice/B1", "throughput/B3"]
