@@ -33,6 +33,7 @@ from .forward import (
     SamplePlaces,
     activation_specs,
 )
+from .launch import Launch
 from .program import load_program
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ PROMPT_ROWS = 8192  # of one prefill, at most
 CAPACITY_STEP = 1024  # tokens; capacities are multiples of it, or what the model allows
 STEPS = 2  # of a graph
 AHEAD = 6  # steps under way before the host waits
+PROFILE_NODES = 40  # launches of a graph that times one kind
 
 
 @dataclass(frozen=True)
@@ -216,11 +218,31 @@ class Batch:
         return results[1:]
 
     def profile_step(self, count: int, context: int) -> list[tuple[str, float]]:
-        """Microseconds of each launch of a decode step by itself: kernel and time, in order."""
+        """Microseconds of each kind of launch in a decode step, all launches of a kind together.
+
+        A kind is timed as a graph of copies of itself, each of which waits for the one before, as they do in a step;
+        but its weights come from the L2 cache.
+        """
         self._pretend(count, context)
-        program = self._step(self._rows)
-        program.run(self.stream.ptr)
-        return [(name, float(us)) for name, us in program.profile(self.stream.ptr)]
+        kinds: dict[str, list[Launch]] = {}
+        for launch in [*self._layer_launches(self._rows), *self._tail_launches(self._rows)]:
+            size = launch.grid if isinstance(launch.grid[0], int) else ()
+            constants = " ".join(f"{name}={value}" for name, value in launch.defines)
+            kinds.setdefault(f"{launch.kernel} {size} {constants}", []).append(launch)
+        return [(kind, self._time_copies(launches)) for kind, launches in kinds.items()]
+
+    def _time_copies(self, launches: Sequence[Launch]) -> float:
+        """Microseconds of one pass over the launches."""
+        copies = max(1, PROFILE_NODES // len(launches))
+        program = load_program(list(launches), self._forward.facts.index)
+        graph = Graph.capture(self._capture_stream.ptr, [(program,)] * copies)
+        start, end = Event(timing=True), Event(timing=True)
+        graph.launch(self.stream.ptr)
+        start.record(self.stream.ptr)
+        graph.launch(self.stream.ptr)
+        end.record(self.stream.ptr)
+        end.synchronize()
+        return 1e3 * end.elapsed_ms(start) / copies
 
     def _pretend(self, count: int, context: int) -> None:
         """Slots that hold `context` tokens of nothing."""
