@@ -34,6 +34,7 @@ struct SplitStates {
             for (int i = 0; i < HELD_ROWS; ++i) {
                 if (held_row(i) >= LIVE_ROWS) continue;
                 RowState next;
+                next.clear();
 #pragma unroll
                 for (int v = 0; v < RowState::VECTORS; ++v) {
                     next.set_vector(v, load_shared<float4>(smem + split * SPLIT_BYTES + offset(i, v)));
