@@ -53,7 +53,7 @@ def resident_mb() -> float:
     """The most memory that this process has had resident. (getrusage would count what its parent had.)"""
     with open("/proc/self/status", encoding="ascii") as status:
         line = next(line for line in status if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1000
+    return int(line.split()[1]) * 1.024 / 1000  # from units of 1,024 bytes
 
 
 def seconds_of(call: Callable[[], Any]) -> float:

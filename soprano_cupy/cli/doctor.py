@@ -88,8 +88,8 @@ def _package() -> Iterator[Finding]:
     folder = Path(__file__).resolve().parents[1]
     yield Finding(WELL, "soprano-cupy", f"{__version__} in {folder}")
     yield Finding(WELL, "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    built = {path.name.partition(".")[0] for path in (folder / "cpu").glob("*.so")}
-    missing = sorted({path.stem for path in (folder / "cpu").glob("*.pyx")} - built)
+    built = {path.name.partition(".")[0] for part in ("cpu", "gpu") for path in (folder / part).glob("*.so")}
+    missing = sorted({path.stem for part in ("cpu", "gpu") for path in (folder / part).glob("*.pyx")} - built)
     if missing or not built:
         text = f"{', '.join(missing) or 'none'} not compiled; install again where there is a C compiler (gcc)"
         yield Finding(WRONG, "C extensions", text)
@@ -190,6 +190,7 @@ def _speech(options: argparse.Namespace) -> Iterator[Finding]:
     yield Finding(WELL, "would use", f"{tts.model.name}: {tts.model.reason}")
     yield Finding(WELL, "device", f"{tts.device}: {tts.device_reason}")
     yield Finding(WELL, "attention", f"{runner.attention}, weights {runner.dtype}: {runner.reason}")
+    yield Finding(WELL, "decoder", f"weights {tts.engine.decoder.dtype}: {tts.engine.decoder.reason}")
     audio = tts.infer(SENTENCE)
     loudest = float(abs(audio).max()) if len(audio) else 0.0
     if not 0.0 < loudest < float("inf"):

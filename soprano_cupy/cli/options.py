@@ -128,6 +128,7 @@ def describe(tts: SopranoTTS, load_s: float) -> None:
     say(f"voice      {tts.model.name}: {tts.model.reason}; loaded in {load_s:.2f} s")
     say(f"device     {tts.device}: {tts.device_reason}")
     say(f"attention  {runner.attention}, weights {runner.dtype}: {runner.reason}")
+    say(f"decoder    weights {tts.engine.decoder.dtype}: {tts.engine.decoder.reason}")
 
 
 def fetch_if_missing(name: str) -> None:

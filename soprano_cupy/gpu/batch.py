@@ -9,20 +9,19 @@ one word of mapped memory.
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..config import MAX_NEW_TOKENS, ModelConfig
 from ..errors import DeviceError
 from ..generation import Request
 from ..sampling import SamplingParams
 from . import step
 from ._driver import Event, Graph, MappedMemory, Program, copy
 from .arena import Arena
+from .batch_sizes import BUCKETS, BatchSizes, batch_specs, bucket_of, prompt_capacity, prompt_groups, upload_specs
+from .batch_upload import Upload
 from .forward import (
     Activations,
     Cache,
@@ -31,7 +30,6 @@ from .forward import (
     PromptTables,
     RowRange,
     SamplePlaces,
-    activation_specs,
 )
 from .launch import Launch
 from .program import load_program
@@ -40,73 +38,12 @@ logger = logging.getLogger(__name__)
 
 Array = Any  # cupy.ndarray
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)  # rows of a decode step
 PROMPT_CLASSES = (16, 64, 256, 1024)  # most rows of a prefill program; beyond, what the arena holds
-PROMPT_ROWS = 8192  # of one prefill, at most
-CAPACITY_STEP = 1024  # tokens; capacities are multiples of it, or what the model allows
 STEPS = 2  # of a graph
 AHEAD = 6  # steps under way before the host waits
+SHRINK_EVERY = 16  # steps after which rows that have ended are left behind; a fixed number, so that every run is alike
+SHRINK_FROM = 16  # rows; fewer cost as much as one
 PROFILE_NODES = 40  # launches of a graph that times one kind
-
-
-@dataclass(frozen=True)
-class BatchSizes:
-    """What a batch is planned for."""
-
-    slots: int
-    capacity: int  # tokens of a slot, prompt and speech together
-    tokens: int  # new tokens of a slot
-
-    def serves(self, other: BatchSizes) -> bool:
-        """Whether a batch of these sizes can do what `other` asks for."""
-        return self.slots >= other.slots and self.capacity >= other.capacity and self.tokens >= other.tokens
-
-
-def sizes_for(requests: Sequence[Request], max_positions: int) -> BatchSizes:
-    """The sizes for these requests, rounded up so that similar calls share a batch."""
-    tokens = max(MAX_NEW_TOKENS, *(r.params.max_new_tokens for r in requests))
-    longest = max(len(r.ids) + r.params.max_new_tokens for r in requests)
-    capacity = min(-(-longest // CAPACITY_STEP) * CAPACITY_STEP, max_positions)
-    return BatchSizes(bucket_of(len(requests)), capacity, min(tokens, max_positions))
-
-
-def bucket_of(rows: int) -> int:
-    """The rows of the decode step that serves `rows` sequences."""
-    return next(size for size in BUCKETS if size >= rows)
-
-
-def batch_specs(config: ModelConfig, sizes: BatchSizes) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Every buffer of a batch, for its arena; 16-bit numbers as their bits."""
-    c, slots = config, sizes.slots
-    prompt_rows = prompt_capacity(sizes)
-    kv = (c.num_layers, slots, sizes.capacity, c.num_kv_heads, c.head_dim)
-    specs: dict[str, tuple[tuple[int, ...], Any]] = {"keys": (kv, np.uint16), "values": (kv, np.uint16)}
-    specs |= {f"prompt.{k}": v for k, v in activation_specs(c, prompt_rows, "uint16").items()}
-    specs |= {f"step.{k}": v for k, v in activation_specs(c, slots, "uint16").items()}
-    specs["queries"] = ((prompt_rows, c.num_heads, c.head_dim), np.uint16)
-    specs["logits"] = ((slots, c.vocab_size), np.float32)
-    specs["states"] = ((slots, sizes.tokens, c.hidden_size), np.float32)
-    return specs | upload_specs(config, sizes)
-
-
-def prompt_capacity(sizes: BatchSizes) -> int:
-    """Rows that one prefill takes: a whole prompt at least."""
-    return max(sizes.capacity, min(64 * sizes.slots, PROMPT_ROWS))
-
-
-def upload_specs(config: ModelConfig, sizes: BatchSizes) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """What the host writes before a prefill, in the order in which it lies in memory."""
-    rows, slots = prompt_capacity(sizes), sizes.slots
-    return {
-        "slots": ((slots,), step.SLOT_STATE),
-        "seen": ((slots, -(-config.vocab_size // 32)), np.uint32),
-        "slot_of_row": ((slots,), np.int32),
-        "starts": ((slots + 1,), np.int32),
-        "lengths": ((slots,), np.int32),
-        "ids": ((rows,), np.int32),
-        "row_slots": ((rows,), np.int32),
-        "row_positions": ((rows,), np.int32),
-    }
 
 
 class Batch:
@@ -143,6 +80,7 @@ class Batch:
     def begin(self, requests: Sequence[Request], *, give_up: bool) -> None:
         """Put request i into slot i, read the prompts and draw the first tokens; nothing is waited for."""
         self._rows = bucket_of(len(requests))
+        self._slot_of_row = np.arange(len(requests))
         self.progress[:] = 0
         self._upload.slots(requests, self.sizes, give_up=give_up)
         first = 0
@@ -171,6 +109,7 @@ class Batch:
 
     def finish(self, count: int) -> list[int]:
         """Generate slots 0 to count - 1 to their ends; their last progress words."""
+        due = 1 + SHRINK_EVERY
         while True:
             words = self.progress[:count].copy()
             running = np.flatnonzero(step.progress_status(words) == step.RUNNING)
@@ -178,9 +117,30 @@ class Batch:
                 return [int(word) for word in words]
             made = step.progress_count(words[running])
             slowest = int(running[made.argmin()])
-            while self.steps < int(made.min()) + AHEAD:
+            if self._rows >= SHRINK_FROM and int(made.min()) == self.steps and self.steps >= due:
+                due += SHRINK_EVERY
+                if bucket_of(len(running)) < self._rows:
+                    self._shrink(running)
+            while self.steps < min(int(made.min()) + AHEAD, due if self._rows >= SHRINK_FROM else 1 << 30):
                 self.advance()
             self._progress_memory.wait(8 * slowest, int(words[slowest]), self.stream.ptr, changed=True, nbytes=8)
+
+    def _shrink(self, running: np.ndarray) -> None:
+        """Move the rows of slots `running` together; the next steps are those of a smaller bucket."""
+        rows = np.flatnonzero(np.isin(self._slot_of_row, running))
+        self._rows = bucket_of(len(rows))
+        self._slot_of_row = self._slot_of_row[rows]
+        self._upload.rows(rows, self._slot_of_row)
+        self._upload.send(self.stream.ptr, ("slot_of_row", "starts"))
+        self._program(("shrink", self._rows), self._shrink_launches).run(self.stream.ptr)
+        for name in ("residual", "hidden", "square_sums"):
+            source, target = f"prompt.{name}", f"step.{name}"
+            nbytes = self._rows * self._arena[target].strides[0]
+            copy(self._arena.pointer(target), self._arena.pointer(source), nbytes, self.stream.ptr)
+
+    def _shrink_launches(self) -> list[Launch]:
+        starts = self._arena.pointer("starts")
+        return [self._forward.gather(self._steps, self._prompts, starts, self._rows, 0)]
 
     def settle(self, count: int) -> None:
         """Make ready for another call, once the present stream has read what it wants."""
@@ -316,60 +276,3 @@ class Batch:
         return max(
             self._forward.workspace_bytes(rows, self.sizes.capacity) for rows in BUCKETS if rows <= self.sizes.slots
         )
-
-
-def prompt_groups(lengths: Sequence[int], rows: int) -> list[list[int]]:
-    """Indices of consecutive prompts that fit `rows` together."""
-    groups: list[list[int]] = [[]]
-    used = 0
-    for index, length in enumerate(lengths):
-        if groups[-1] and used + length > rows:
-            groups.append([])
-            used = 0
-        groups[-1].append(index)
-        used += length
-    return groups
-
-
-class Upload:
-    """What the host tells the GPU before a prefill: one piece of pinned memory, one copy."""
-
-    def __init__(self, arena: Arena, specs: Mapping[str, tuple[tuple[int, ...], Any]]) -> None:
-        names = list(specs)
-        self._target = arena.pointer(names[0])
-        ends = [arena.pointer(name) + arena[name].nbytes for name in names]
-        self._memory = MappedMemory(ends[-1] - self._target)
-        self._views = {
-            name: np.frombuffer(
-                self._memory.view(), np.dtype(dtype), math.prod(shape), arena.pointer(name) - self._target
-            ).reshape(shape)
-            for name, (shape, dtype) in specs.items()
-        }
-
-    def slots(self, requests: Sequence[Request], sizes: BatchSizes, *, give_up: bool) -> None:
-        """The sampling state of slot i for request i; rows 0..n-1 of the step are slots 0..n-1."""
-        view, seen = self._views["slots"], self._views["seen"]
-        count = len(requests)
-        for i, request in enumerate(requests):
-            view[i] = step.slot_state(request, sizes.capacity, give_up=give_up)
-        held = np.zeros((count, seen.shape[1] * 32), np.uint8)
-        for i, request in enumerate(requests):
-            held[i, request.ids] = 1
-        seen[:count] = np.packbits(held, axis=1, bitorder="little").view(np.uint32)
-        self._views["slot_of_row"][:] = -1
-        self._views["slot_of_row"][:count] = np.arange(count)
-
-    def prompts(self, prompts: Sequence[np.ndarray], first: int) -> None:
-        """Rows of the prompts of slots first, first + 1, ..."""
-        lengths = np.array([len(ids) for ids in prompts])
-        rows, count, views = int(lengths.sum()), len(prompts), self._views
-        views["starts"][0] = 0
-        views["starts"][1 : count + 1] = np.cumsum(lengths)
-        views["lengths"][:count] = lengths
-        views["ids"][:rows] = np.concatenate(prompts)
-        views["row_slots"][:rows] = np.repeat(np.arange(first, first + count), lengths)
-        views["row_positions"][:rows] = np.arange(rows) - np.repeat(views["starts"][:count], lengths)
-
-    def send(self, stream: int) -> None:
-        """Copy everything to the GPU, in the stream's order."""
-        copy(self._target, self._memory.host, self._memory.nbytes, stream)

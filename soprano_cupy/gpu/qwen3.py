@@ -18,7 +18,8 @@ from ..errors import ParameterError
 from ..generation import Request
 from ..runner import KVCache, LanguageModelRunner
 from .arena import Arena
-from .batch import BUCKETS, CAPACITY_STEP, Batch, BatchSizes, bucket_of, sizes_for
+from .batch import Batch
+from .batch_sizes import BUCKETS, CAPACITY_STEP, BatchSizes, bucket_of, sizes_for
 from .forward import Activations, Cache, Forward, PromptSizes, PromptTables, RowRange, activation_specs, padded
 from .program import driver_problem, load_program
 from .rounds import GpuRounds

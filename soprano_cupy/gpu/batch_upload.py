@@ -1,0 +1,69 @@
+"""What the host tells a batch before it generates: one piece of pinned memory, one copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..generation import Request
+from . import step
+from ._driver import MappedMemory, copy
+from .arena import Arena
+from .batch_sizes import BatchSizes, Specs
+
+
+class Upload:
+    """The buffers of `upload_specs`, on the host, and their way to the arena, where they lie side by side."""
+
+    def __init__(self, arena: Arena, specs: Specs) -> None:
+        names = list(specs)
+        self._target = arena.pointer(names[0])
+        ends = [arena.pointer(name) + arena[name].nbytes for name in names]
+        self._memory = MappedMemory(ends[-1] - self._target)
+        self._offsets = {name: arena.pointer(name) - self._target for name in names}
+        self._views: dict[str, np.ndarray] = {}
+        for name, (shape, dtype) in specs.items():
+            flat = np.frombuffer(self._memory.view(), np.dtype(dtype), math.prod(shape), self._offsets[name])
+            self._views[name] = flat.reshape(shape)
+
+    def slots(self, requests: Sequence[Request], sizes: BatchSizes, *, give_up: bool) -> None:
+        """The sampling state of slot i for request i; rows 0..n-1 of the step are slots 0..n-1."""
+        view, seen = self._views["slots"], self._views["seen"]
+        count = len(requests)
+        for i, request in enumerate(requests):
+            view[i] = step.slot_state(request, sizes.capacity, give_up=give_up)
+        held = np.zeros((count, seen.shape[1] * 32), np.uint8)
+        for i, request in enumerate(requests):
+            held[i, request.ids] = 1
+        seen[:count] = np.packbits(held, axis=1, bitorder="little").view(np.uint32)
+        self._views["slot_of_row"][:] = -1
+        self._views["slot_of_row"][:count] = np.arange(count)
+
+    def prompts(self, prompts: Sequence[np.ndarray], first: int) -> None:
+        """Rows of the prompts of slots first, first + 1, ..."""
+        lengths = np.array([len(ids) for ids in prompts])
+        rows, count, views = int(lengths.sum()), len(prompts), self._views
+        views["starts"][0] = 0
+        views["starts"][1 : count + 1] = np.cumsum(lengths)
+        views["lengths"][:count] = lengths
+        views["ids"][:rows] = np.concatenate(prompts)
+        views["row_slots"][:rows] = np.repeat(np.arange(first, first + count), lengths)
+        views["row_positions"][:rows] = np.arange(rows) - np.repeat(views["starts"][:count], lengths)
+
+    def rows(self, sources: np.ndarray, slots: np.ndarray) -> None:
+        """Rows 0, 1, ... of the step are rows `sources` of before, with these slots; further rows have none."""
+        views = self._views
+        views["starts"][:] = 1
+        views["starts"][1 : len(sources) + 1] = sources + 1
+        views["slot_of_row"][:] = -1
+        views["slot_of_row"][: len(slots)] = slots
+
+    def send(self, stream: int, names: Sequence[str] = ()) -> None:
+        """Copy everything, or only these buffers, to the GPU, in the stream's order."""
+        if not names:
+            copy(self._target, self._memory.host, self._memory.nbytes, stream)
+        for name in names:
+            offset = self._offsets[name]
+            copy(self._target + offset, self._memory.host + offset, self._views[name].nbytes, stream)
