@@ -52,7 +52,7 @@ class Machine:
         self.weights = {name: aligned(array) for name, array in HostWeights(file, config).arrays.items()}
         specs = vocos_plan.table_specs(self.capacity) | vocos_plan.activation_specs(config, self.capacity)
         specs |= vocos_plan.stream_specs(config, self.capacity, slots)
-        self.arrays = {name: _poisoned(shape, dtype) for name, (shape, dtype) in specs.items()}
+        self.arrays = {name: blank(shape, dtype) for name, (shape, dtype) in specs.items()}
         used = {"states": config.embed_kernel * config.input_size, "normed": config.dim}
         for name, columns in (used | {"expanded": config.intermediate_size}).items():
             self.arrays[name][:, columns:] = 0
@@ -77,7 +77,7 @@ class Machine:
             for states, start in zip(held, starts, strict=False)
             for piece in whole_pieces(states.ctypes.data, len(states), int(start), self.lag, self.capacity.rows)
         ]
-        out = poisoned((int(starts[-1]), self.config.hop_length), np.int16 if pcm else np.float32)
+        out = blank((int(starts[-1]), self.config.hop_length), "int16" if pcm else "float32")
         for group in group_pieces(pieces, self.capacity.rows):
             self.run(self._whole, group, held, out, hops_of_a_block)
         return [out[a:b].reshape(-1) for a, b in itertools.pairwise(starts)]
@@ -196,7 +196,7 @@ def aligned(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def _poisoned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def blank(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     kinds = {"uint16": np.float16, "float32": np.float32}
     if dtype in kinds:
         return poisoned(shape, kinds[dtype])

@@ -1,10 +1,17 @@
 """A decoder's weights as its kernels read them: matrices rounded to float16, everything else in float32.
 
-float16 has the mantissa of TF32 at twice the speed; what it lacks is range. Largest values measured, of every matrix that
-is rounded and of every activation that enters a product (bundled voice: 24 sentences of its language model, 1,150 tokens;
-random 80M: its decoder on 512 of its states):
+float16 has the mantissa of TF32 at twice the speed; what it lacks is range, which ends at 65,504. The largest values of
+everything that is rounded to it, measured:
 
-    %s
+                                                     bundled voice    random 80M
+    states, into the embedding                           52.2             8.6
+    norms of the blocks, into the expanding product      10.9            13.6
+    GELU, into the contracting product                   35.6             5.7
+    final norm, into the head's product                   8.0             5.3
+    weights (embedding, expand, contract, head)           1.12            0.25
+
+(24 sentences, 1,155 states of the voice's own language model; 512 states of the random 80M's.) So nothing is scaled. Of
+the samples 68 to 71 dB and 62 to 63 dB are left, of which the rounding of the weights alone allows 75 and 65.
 """
 
 from __future__ import annotations
@@ -107,6 +114,6 @@ def inverse_envelopes(window: np.ndarray) -> np.ndarray:
     squares = (window * window).reshape(HOPS, -1)
     sets = (np.arange(1 << HOPS)[:, None] >> np.arange(HOPS)) & 1
     sums = sets @ squares
-    inverse = np.zeros_like(sums)
+    inverse: np.ndarray = np.zeros(sums.shape)
     np.divide(1.0, sums, out=inverse, where=sums > 0)
     return inverse
