@@ -186,11 +186,38 @@ template <typename T> DEVICE T load_global(const void* address) { return __ldg(s
 // Reads data that other blocks of this launch may have written (after fence_device and an atomic of theirs).
 template <typename T> DEVICE T load_global_fresh(const void* address) { return __ldcg(static_cast<const T*>(address)); }
 
-// Reads 16 bytes of constants that this multiprocessor needs once, past the first-level cache. Where the call stands in
-// the source is where the load is issued: ahead of grid_dependency_wait, say.
+// As load_global_fresh, and the load is issued where the call stands: compilers like to put a load that is needed late
+// behind arithmetic that waits for others.
+template <typename T> DEVICE T load_global_in_place(const void* address);
+
+template <> DEVICE unsigned load_global_in_place<unsigned>(const void* address) {
+    unsigned v;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(address));
+    return v;
+}
+template <> DEVICE float load_global_in_place<float>(const void* address) {
+    float v;
+    asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(v) : "l"(address));
+    return v;
+}
+template <> DEVICE float2 load_global_in_place<float2>(const void* address) {
+    float2 v;
+    asm volatile("ld.global.cg.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(address));
+    return v;
+}
+template <> DEVICE float4 load_global_in_place<float4>(const void* address) {
+    float4 v;
+    asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "l"(address));
+    return v;
+}
+
+// Reads 16 bytes of constants that this multiprocessor needs once, past the first-level cache. Ahead of
+// grid_dependency_wait it is issued ahead of it; loads of the non-coherent kind (load_global) may be moved behind.
 DEVICE uint4 load_global_once(const void* address) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "l"(address));
     return v;
@@ -439,6 +466,13 @@ DEVICE float log2_fast(float x) {
     return result;
 }
 
+// 1 / x, relative error below 2^-22; 0 at infinity.
+DEVICE float reciprocal_fast(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
 // 1 / sqrt(x), relative error below 2^-22.
 DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
 
@@ -460,6 +494,12 @@ DEVICE int lowest_bit(unsigned mask) { return __ffs(static_cast<int>(mask)) - 1;
 DEVICE unsigned opaque(unsigned value) {
     asm volatile("" : "+r"(value));
     return value;
+}
+// The same of an address in global memory.
+template <typename T> DEVICE T* opaque_global(T* pointer) {
+    unsigned long long address = __cvta_generic_to_global(pointer);
+    asm volatile("" : "+l"(address));
+    return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
 #endif  // SOPRANO_DEVICE_CUH

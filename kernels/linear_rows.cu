@@ -22,9 +22,12 @@ constexpr bool EVEN = FRAGMENTS % WARPS == 0;
 constexpr int GROUPS = COLUMNS < 2 ? 1 : 2;  // of 8 rows whose activations a lane holds at once
 constexpr int UNITS = FEATURE_TILES * COLUMNS;
 constexpr int CHAINS = HELD >= 6 ? 3 : HELD >= 2 ? 2 : 1;  // of products that wait for one another
+// Of a multiprocessor; as few as that, so that the compiler has registers for all loads to be under way at once.
+constexpr int MIN_BLOCKS = WARPS >= 16 || HELD * FEATURE_TILES > 4 ? 1 : 3;
 constexpr int SUM_FOURS = (DEPTH / TILE_FEATURES + 15) / 16;  // of the norm's partial sums, of one lane of four
 
-static_assert(UNITS <= WARPS, "each unit has a warp of its own");
+static_assert(WARPS >= 4 && UNITS <= WARPS,
+              "each unit has a warp of its own, and four chains of sums something to add");
 static_assert(STAGED ? COLUMNS % 2 == 0 : COLUMNS <= 2, "16 rows at a time from shared memory; registers for as many");
 
 // Shared memory, in bytes; soprano_cupy/gpu/linear.py counts the same. A staged row is an odd number of 16-byte pieces,
@@ -40,22 +43,17 @@ DEVICE bool has_fragment(int j) { return EVEN || warp_index() * HELD + j < FRAGM
 struct Activations {
     unsigned words[GROUPS][HELD][2];
 
-    // Straight from memory: a lane reads its pairs.
-    DEVICE void load(const LinearParams& params, int first_row) {
-        const int lane = lane_index();
-        const Element* input = static_cast<const Element*>(params.input) + warp_index() * HELD * 16 + 2 * (lane & 3);
+    // Straight from memory: a lane reads its pairs. pairs: the first of each group, null where the row does not exist.
+    DEVICE void load(const Element* const (&pairs)[GROUPS]) {
 #pragma unroll
         for (int c = 0; c < GROUPS; ++c) {
-            const int row = first_row + 8 * c + lane / 4;
-            const bool live = row < params.rows;
-            const Element* pairs = input + static_cast<long long>(row) * params.input_stride;
 #pragma unroll
             for (int j = 0; j < HELD; ++j) {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     words[c][j][half] = 0;
-                    if (live && has_fragment(j)) {
-                        words[c][j][half] = load_global_fresh<unsigned>(pairs + 16 * j + 8 * half);
+                    if (pairs[c] != nullptr && has_fragment(j)) {
+                        words[c][j][half] = load_global_in_place<unsigned>(pairs[c] + 16 * j + 8 * half);
                     }
                 }
             }
@@ -77,6 +75,13 @@ struct Activations {
         }
     }
 };
+
+// Where this lane's pairs of a group of rows begin; null where its row does not exist.
+DEVICE const Element* first_pair(const LinearParams& params, int first_row) {
+    const int lane = lane_index(), row = first_row + lane / 4;
+    const Element* input = static_cast<const Element*>(params.input) + warp_index() * HELD * 16 + 2 * (lane & 3);
+    return row < params.rows ? input + static_cast<long long>(row) * params.input_stride : nullptr;
+}
 
 // This warp's columns of all rows, on their way to its own part of shared memory.
 DEVICE void stage_rows(const LinearParams& params, int first_row, unsigned staged_smem) {
@@ -100,20 +105,29 @@ struct UnitInputs {
     float4 square_sums[SUM_FOURS];
     int tile, row;
     bool live;
+    EndPlace place;
+    const float* sums;  // of the norm, this lane's first
 
-    // A warp that has no unit asks for nothing.
-    DEVICE UnitInputs(const LinearParams& params, int unit, int first_row) {
-        tile = blockIdx.x * FEATURE_TILES + unit / COLUMNS;
-        row = first_row + unit % COLUMNS * 8 + lane_index() / 4;
-        live = unit < UNITS && row < params.rows;
+    // A warp that has no unit asks for nothing. Addresses are made ready before the wait.
+    DEVICE UnitInputs(const LinearParams& params, int unit, int first_row)
+        : tile(blockIdx.x * FEATURE_TILES + unit / COLUMNS),
+          row(first_row + unit % COLUMNS * 8 + lane_index() / 4),
+          live(unit < UNITS && row < params.rows),
+          place(params, row, live, tile) {
+        place.elements = opaque_global(place.elements);
+        place.floats = opaque_global(place.floats);
+        if constexpr (NEEDS_RESIDUAL) place.residual = opaque_global(place.residual);
+        if constexpr (END == END_RESIDUAL) place.next_sum = opaque_global(place.next_sum);
+        sums = opaque_global(square_sums_of(params, row) + (lane_index() & 3) * 4);
         if (unit < UNITS) constants[0].load(params, tile);
     }
     DEVICE void load(const LinearParams& params) {
-        if constexpr (NEEDS_RESIDUAL) residual[0] = load_residual(params, row, live, tile);
+        if constexpr (NEEDS_RESIDUAL) residual[0] = place.load_residual(0);
         if constexpr (NORM) {
 #pragma unroll
             for (int i = 0; i < SUM_FOURS; ++i) {
-                square_sums[i] = load_square_sums(params, row, live, (lane_index() & 3) + 4 * i);
+                const int tiles = RAGGED ? params.sum_tiles : DEPTH / TILE_FEATURES;
+                square_sums[i] = load_square_sums(sums + 16 * i, live ? tiles - (lane_index() & 3) * 4 - 16 * i : 0);
             }
         }
     }
@@ -126,23 +140,24 @@ struct UnitInputs {
     }
 };
 
+// Where this lane leaves its first sum of a unit, and where it reads its share of one, from the unit's start on.
+DEVICE unsigned partial_store_offset() { return ((lane_index() & 3) * 2 * PARTIAL_ROW + lane_index() / 4) * 4; }
+DEVICE unsigned partial_load_offset() { return (lane_index() / 4 * PARTIAL_ROW + (lane_index() & 3) * 2) * 4; }
+
 // Adds the chains of a warp's products and leaves them as rows of features. d: feature lane / 4 (and 8 more), rows
-// 2 (lane % 4) and the next.
-DEVICE void store_partial(unsigned partial_smem, const float (&chains)[CHAINS][4]) {
-    const int lane = lane_index();
+// 2 (lane % 4) and the next. address: of this lane.
+DEVICE void store_partial(unsigned address, const float (&chains)[CHAINS][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         float sum = chains[0][i];
 #pragma unroll
         for (int chain = 1; chain < CHAINS; ++chain) sum += chains[chain][i];
-        const int row = 2 * (lane & 3) + (i & 1), feature = lane / 4 + 8 * (i / 2);
-        store_shared<float>(partial_smem + (row * PARTIAL_ROW + feature) * 4, sum);
+        store_shared<float>(address + ((i & 1) * PARTIAL_ROW + 8 * (i / 2)) * 4, sum);
     }
 }
 
-// The products of a warp's fragments with one or two groups of rows. partial_smem: of the first tile and group.
-DEVICE void multiply(const Activations& activations, const uint4 (&weights)[FEATURE_TILES][HELD],
-                     unsigned partial_smem) {
+// The products of a warp's fragments with one or two groups of rows. address: this lane's in the first tile and group.
+DEVICE void multiply(const Activations& activations, const uint4 (&weights)[FEATURE_TILES][HELD], unsigned address) {
 #pragma unroll
     for (int f = 0; f < FEATURE_TILES; ++f) {
 #pragma unroll
@@ -153,34 +168,33 @@ DEVICE void multiply(const Activations& activations, const uint4 (&weights)[FEAT
                 const unsigned a[4] = {weights[f][j].x, weights[f][j].y, weights[f][j].z, weights[f][j].w};
                 mma_16x8x16(chains[j % CHAINS], a, activations.words[c][j][0], activations.words[c][j][1]);
             }
-            store_partial(partial_smem + (f * COLUMNS + c) * PARTIAL_BYTES, chains);
+            store_partial(address + (f * COLUMNS + c) * PARTIAL_BYTES, chains);
         }
     }
 }
 
-DEVICE float2 add2(float2 a, float2 b) { return make_float2(a.x + b.x, a.y + b.y); }
-
-// A unit's products: the parts of all warps, added in four chains and those in pairs.
-DEVICE Share sum_partials(unsigned partials_smem) {
-    const int lane = lane_index();
-    const unsigned address = partials_smem + (lane / 4 * PARTIAL_ROW + 2 * (lane & 3)) * 4;
-    Share sums[4] = {};
+// A unit's products: the parts of all warps, added in four chains and those in pairs. address: this lane's.
+DEVICE Share sum_partials(unsigned address) {
+    Share sums[4];
 #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) {
         const unsigned part = address + warp * UNITS * PARTIAL_BYTES;
-        sums[warp % 4].low = add2(sums[warp % 4].low, load_shared<float2>(part));
-        sums[warp % 4].high = add2(sums[warp % 4].high, load_shared<float2>(part + 32));
+        const Share share = {load_shared<float2>(part), load_shared<float2>(part + 32)};
+        Share& sum = sums[warp % 4];
+        sum = warp < 4 ? share : Share{add2(sum.low, share.low), add2(sum.high, share.high)};
     }
     return {add2(add2(sums[0].low, sums[1].low), add2(sums[2].low, sums[3].low)),
             add2(add2(sums[0].high, sums[1].high), add2(sums[2].high, sums[3].high))};
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) linear_rows(const __grid_constant__ LinearParams params) {
+extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS)
+    linear_rows(const __grid_constant__ LinearParams params) {
     grid_dependency_launch();
     const int warp = warp_index(), lane = lane_index(), first_row = blockIdx.y * 8 * COLUMNS;
     const int first_tile = blockIdx.x * FEATURE_TILES;
     const int tiles = (params.features + TILE_FEATURES - 1) / TILE_FEATURES;
     const unsigned smem = shared_base(), partials_smem = smem + STAGED_BYTES;
+    const unsigned staged_smem = smem + warp * 8 * COLUMNS * ROW_BYTES;
 
     uint4 weights[FEATURE_TILES][HELD];
 #pragma unroll
@@ -194,17 +208,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear_rows(const __grid_c
         }
     }
     UnitInputs inputs(params, warp, first_row);
+    const Element* pairs[GROUPS];
+#pragma unroll
+    for (int c = 0; c < GROUPS; ++c) pairs[c] = opaque_global(first_pair(params, first_row + 8 * c));
+    const unsigned stored_smem = opaque(partials_smem + warp * UNITS * PARTIAL_BYTES + partial_store_offset());
+    const unsigned summed_smem = opaque(partials_smem + warp * PARTIAL_BYTES + partial_load_offset());
 
     grid_dependency_wait();  // the activations, sums and residual stream of the kernels before are written
 
+    inputs.load(params);  // first, as the compiler would else put it behind the products
     Activations activations;
-    const unsigned staged_smem = smem + warp * 8 * COLUMNS * ROW_BYTES;
     if constexpr (STAGED) {
         stage_rows(params, first_row, staged_smem);
     } else {
-        activations.load(params, first_row);
+        activations.load(pairs);
     }
-    inputs.load(params);
     if constexpr (STAGED) {
         copy_async_wait<0>();
         sync_warp();  // the warp's activations are there
@@ -212,12 +230,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear_rows(const __grid_c
 #pragma unroll
     for (int c = 0; c < COLUMNS; c += GROUPS) {
         if constexpr (STAGED) activations.read(staged_smem + 8 * c * ROW_BYTES);
-        multiply(activations, weights, partials_smem + (warp * UNITS + c) * PARTIAL_BYTES);
+        multiply(activations, weights, stored_smem + c * PARTIAL_BYTES);
     }
     const float factor = inputs.factor(params);
     sync_block();  // all parts of the sums are written
     if (warp >= UNITS) return;
-    const Share product[1] = {sum_partials(partials_smem + warp * PARTIAL_BYTES)};
-    finish_row<1, false>(params, inputs.row, inputs.live, inputs.tile, product, factor, inputs.constants,
-                         inputs.residual);
+    const Share product[1] = {sum_partials(summed_smem)};
+    finish_row<1, false>(inputs.place, product, factor, inputs.constants, inputs.residual);
 }

@@ -135,18 +135,17 @@ struct Piece {
     static_assert(WARP_TILES % TILES == 0, "whole pieces");
 
     Share residual[TILES];
-    int row;
-    bool live;
 
     // Pieces go down the rows first, so that the constants of two tiles are held at a time.
+    DEVICE static EndPlace place(const LinearParams& params, int index, int first_row, int first_tile) {
+        const int row = first_row + index % HALVES * 8 + lane_index() / 4;
+        return EndPlace(params, row, row < params.rows, first_tile + index / HALVES * TILES);
+    }
     DEVICE void load(const LinearParams& params, int index, int first_row, int first_tile) {
-        row = first_row + index % HALVES * 8 + lane_index() / 4;
-        live = row < params.rows;
         if constexpr (NEEDS_RESIDUAL) {
+            const EndPlace here = place(params, index, first_row, first_tile);
 #pragma unroll
-            for (int n = 0; n < TILES; ++n) {
-                residual[n] = load_residual(params, row, live, first_tile + index / HALVES * TILES + n);
-            }
+            for (int n = 0; n < TILES; ++n) residual[n] = here.load_residual(n);
         }
     }
 };
@@ -166,7 +165,6 @@ DEVICE void finish(const LinearParams& params, const Sums& sums, int first_row, 
 #pragma unroll
             for (int n = 0; n < TILES; ++n) constants[n].load(params, first_tile + tile + n);
         }
-        const Piece& piece = pieces[i % RING];
         const float factor = NORM ? load_shared<float>(factors_smem + (8 * half + lane_index() / 4) * 4) : 1.0f;
         Share product[TILES];
 #pragma unroll
@@ -175,8 +173,8 @@ DEVICE void finish(const LinearParams& params, const Sums& sums, int first_row, 
             product[n].low = make_float2(sums[half / 2][tile + n][0][d], sums[half / 2][tile + n][0][d + 1]);
             product[n].high = make_float2(sums[half / 2][tile + n][1][d], sums[half / 2][tile + n][1][d + 1]);
         }
-        finish_row<TILES, true>(params, piece.row, piece.live, first_tile + tile, product, factor, constants,
-                                piece.residual);
+        finish_row<TILES, true>(Piece::place(params, i, first_row, first_tile), product, factor, constants,
+                                pieces[i % RING].residual);
         sync_warp();  // keeps the compiler from spreading the arithmetic of pieces over one another's registers
     }
 }

@@ -95,6 +95,7 @@ template <typename T> T load_global(const void* address) {
     return value;
 }
 template <typename T> T load_global_fresh(const void* address) { return load_global<T>(address); }
+template <typename T> T load_global_in_place(const void* address) { return load_global<T>(address); }
 inline uint4 load_global_once(const void* address) { return load_global<uint4>(address); }
 template <typename T> void store_global(void* address, T value) { emulation::write_global(address, &value, sizeof(T)); }
 inline void prefetch_l2(const void* address) {
@@ -207,11 +208,13 @@ inline void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsi
 inline float infinity() { return __builtin_huge_valf(); }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
+inline float reciprocal_fast(float x) { return 1.0f / x; }
 inline float inverse_sqrt(float x) { return 1.0f / std::sqrt(x); }
 inline float error_function(float x) { return std::erf(x); }
 inline float round_to_even(float x) { return std::rint(x); }
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline unsigned opaque(unsigned value) { return value; }
+template <typename T> T* opaque_global(T* pointer) { return pointer; }
 inline float bits_to_float(int bits) { return emulation::float_of_bits(unsigned(bits)); }
 inline unsigned float_to_bits(float value) { return emulation::float_bits(value); }
 inline double bits_to_double(unsigned long long bits) {

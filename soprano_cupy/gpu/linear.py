@@ -91,7 +91,9 @@ class LinearRequest:
 
     @property
     def ragged(self) -> bool:
-        """Whether columns or strides are no multiples of 4, for which kernels take another path (`RAGGED`)."""
+        """Whether columns or strides are no multiples of 4, or the norm not of the padded depth (`RAGGED`)."""
+        if self.has_norm and (self.norm_width or self.depth) != self.padded_depth:
+            return True
         strides = [self.output_stride] + [self.residual_stride] * (self.end in (End.RESIDUAL, End.ADD))
         return any(count % 4 for count in (self.columns, *strides))
 
