@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -136,10 +135,9 @@ def plan_linear(request: LinearRequest) -> Launch:
 
 def _plan_hopper(request: LinearRequest) -> Launch | None:
     """The launch of the wgmma kernel, where that one is the better."""
-    if importlib.util.find_spec(f"{__package__}.linear_hopper") is None:
-        return None
-    launch: Launch | None = importlib.import_module(f"{__package__}.linear_hopper").plan(request)
-    return launch
+    from . import linear_hopper  # which needs the request
+
+    return linear_hopper.plan(request)
 
 
 def problem_of(request: LinearRequest) -> Problem:
