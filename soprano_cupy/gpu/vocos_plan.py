@@ -45,6 +45,7 @@ _ISTFT_PARAMS = struct.Struct("<7Q2i")  # VocosIstftParams
 MAX_DIM = 4096  # channels that a thread block holds, four a thread
 MAX_N_FFT = 4096
 MIN_N_FFT = 64
+MAX_MARGIN = 256  # frames; a slice has 1,024 at least
 
 
 def padded(depth: int) -> int:
@@ -63,6 +64,8 @@ def unsupported(config: DecoderConfig) -> str | None:
         return f"the decoder's n_fft {config.n_fft} is no power of two from {MIN_N_FFT} to {MAX_N_FFT}"
     if config.hop_length * PARTS != config.n_fft:
         return f"the decoder's hop {config.hop_length} is not a quarter of its n_fft {config.n_fft}"
+    if margins(config).total > MAX_MARGIN:
+        return f"the decoder's convolutions reach {margins(config).total} frames far, more than {MAX_MARGIN}"
     return None
 
 
