@@ -76,6 +76,19 @@ struct Producer {
 
 // ---- the norm's three warps: the factor of each row of a tile, from the partial sums of squares ----
 
+// Partial sums 4 i to 4 i + 3 of a row; zero where there are none.
+__device__ __forceinline__ float4 four_sums(const LinearParams& p, int row, int i) {
+    float4 sums = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (row >= p.rows) return sums;
+    const float* first = p.square_sums + static_cast<long long>(row) * p.sum_tiles + 4 * i;
+    if (p.sum_tiles % 4 == 0) return load_ahead(first);
+    sums.x = load_global_fresh<float>(first);
+    if (4 * i + 1 < p.sum_tiles) sums.y = load_global_fresh<float>(first + 1);
+    if (4 * i + 2 < p.sum_tiles) sums.z = load_global_fresh<float>(first + 2);
+    if (4 * i + 3 < p.sum_tiles) sums.w = load_global_fresh<float>(first + 3);
+    return sums;
+}
+
 // Four lanes a row, as in all linear kernels; BATCH rows of a lane are asked for at once.
 __device__ __forceinline__ void measure_rows(const LinearParams& p, const Shared smem, const Schedule schedule) {
     constexpr int LANES = 4, ROWS = NORM_THREADS / LANES, BATCH = 3;
@@ -93,8 +106,7 @@ __device__ __forceinline__ void measure_rows(const LinearParams& p, const Shared
                 float4 sums[BATCH];
 #pragma unroll
                 for (int k = 0; k < BATCH; ++k) {
-                    const int row = first_row + start + k * ROWS;
-                    sums[k] = load_square_sums(p, row, row < p.rows, i);
+                    sums[k] = four_sums(p, first_row + start + k * ROWS, i);
                 }
 #pragma unroll
                 for (int k = 0; k < BATCH; ++k) partial[k] += sum4(sums[k]);
@@ -180,9 +192,9 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
         if (leader) mbarrier_arrive(smem.empty(last));
 
         const int factor_slot = turn % FACTOR_SLOTS;
-        if (NORM) mbarrier_wait(smem.factors_full(factor_slot), turn / FACTOR_SLOTS & 1);
+        if (p.square_sums) mbarrier_wait(smem.factors_full(factor_slot), turn / FACTOR_SLOTS & 1);
         end.finish(p, place, smem.staging + consumer * STAGING_BYTES, smem.factor(factor_slot, 0), 1 + consumer, d_rmem);
-        if (NORM && leader) mbarrier_arrive(smem.factors_empty(factor_slot));
+        if (p.square_sums && leader) mbarrier_arrive(smem.factors_empty(factor_slot));
     }
 }
 
@@ -211,11 +223,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 
     // The same in all lanes of a warp, and known to be so: roles are branches of whole warps.
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
+    // Whether there is a norm is asked at run time: without its warps the compiler was seen to hold the consumers to the
+    // registers of the launch, and to make every product wait for the one before.
     if (warpgroup == 0) {
         if constexpr (PRODUCER_REGISTERS > 0) registers_release<PRODUCER_REGISTERS>();
         grid_dependency_wait();
         if (threadIdx.x == 0) producer.run();
-        if (NORM && threadIdx.x >= 32) measure_rows(p, smem, schedule);
+        if (p.square_sums && threadIdx.x >= 32) measure_rows(p, smem, schedule);
     } else {
         if constexpr (CONSUMER_REGISTERS > 0) registers_claim<CONSUMER_REGISTERS>();
         consume(p, smem, schedule, warpgroup - 1);

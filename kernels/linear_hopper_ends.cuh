@@ -36,9 +36,10 @@ constexpr int CHUNKS = TILE_ROWS / CHUNK_ROWS;
 constexpr int STAGED_ROW_BYTES = 80;
 constexpr u32 WARP_STAGING_BYTES = CHUNK_ROWS * STAGED_ROW_BYTES;
 constexpr int PARTS = PRODUCTS * CHUNKS;  // a part: 16 features of 32 rows
-// Parts of the residual requested ahead: all of them before the main loop where registers allow, else one or two.
+// Parts of the residual requested before the main loop, or else at its end, and how many at once: what registers allow.
 constexpr bool AHEAD_OF_PRODUCTS = PRODUCTS * ACCUMULATORS <= 64;
-constexpr int PARTS_AHEAD = AHEAD_OF_PRODUCTS ? PARTS : END == END_RESIDUAL || CONSUMERS > 2 ? 1 : 2;
+constexpr bool WHOLE_AHEAD = AHEAD_OF_PRODUCTS && PRODUCTS == 1 && CONSUMERS < 3;
+constexpr int PARTS_AHEAD = WHOLE_AHEAD ? PARTS : !AHEAD_OF_PRODUCTS && (END == END_RESIDUAL || CONSUMERS > 2) ? 1 : 2;
 static_assert(4 * WARP_STAGING_BYTES <= STAGING_BYTES, "four warps share a staging area");
 
 struct FloatEnd {
@@ -186,6 +187,28 @@ __device__ __forceinline__ constexpr u32 staged_chunk(int row, int chunk) {
     return row * CHUNKS_A_ROW * 16 + ((chunk ^ (row & 7)) << 4);
 }
 
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// x Phi(x) = max(x, 0) - |x| Q(|x|), where Q(x) = erfc(x / sqrt 2) / 2 = (b1 t + ... + b5 t^5) exp(-x^2 / 2) with
+// t = 1 / (1 + c x), to 7.5e-8 (Abramowitz and Stegun, 26.2.17); |x| Q stays small where the result is. No branches.
+__device__ __forceinline__ float gelu_fast(float x) {
+    const float size = fabsf(x), t = reciprocal(fmaf(0.2316419f, size, 1.0f));
+    float sum = 1.330274429f;
+    sum = fmaf(sum, t, -1.821255978f);
+    sum = fmaf(sum, t, 1.781477937f);
+    sum = fmaf(sum, t, -0.356563782f);
+    sum = fmaf(sum, t, 0.319381530f);
+    // exp(-x^2 / 2) / sqrt(2 pi) as a power of two
+    const float density = exp2_fast(fmaf(size * -0.72134752044448170f, size, -1.3257480647361593f));
+    return fmaf(-size * t, sum * density, fmaxf(x, 0.0f));
+}
+
+__device__ __forceinline__ float silu_fast(float x) { return x * reciprocal(1.0f + exp2_fast(-1.44269504088896341f * x)); }
+
 struct ElementEnd {
     float bias[PRODUCTS][2];
 
@@ -202,9 +225,9 @@ struct ElementEnd {
     __device__ __forceinline__ u32 pair(const float (&d)[ACCUMULATORS], int n, int j, int i, float2 factor) const {
         const int at = 4 * j + 2 * i;
         if (END == END_GELU)
-            return pack2(gelu(fmaf(d[at], factor.x, bias[n][i])), gelu(fmaf(d[at + 1], factor.y, bias[n][i])));
-        const float first = silu(fmaf(d[at], factor.x, bias[n][0])) * fmaf(d[at + 2], factor.x, bias[n][1]);
-        const float second = silu(fmaf(d[at + 1], factor.y, bias[n][0])) * fmaf(d[at + 3], factor.y, bias[n][1]);
+            return pack2(gelu_fast(fmaf(d[at], factor.x, bias[n][i])), gelu_fast(fmaf(d[at + 1], factor.y, bias[n][i])));
+        const float first = silu_fast(fmaf(d[at], factor.x, bias[n][0])) * fmaf(d[at + 2], factor.x, bias[n][1]);
+        const float second = silu_fast(fmaf(d[at + 1], factor.y, bias[n][0])) * fmaf(d[at + 3], factor.y, bias[n][1]);
         return pack2(first, second);
     }
 

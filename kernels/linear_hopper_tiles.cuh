@@ -12,7 +12,7 @@ constexpr int BLOCK_FEATURES = WARPGROUPS * WARPGROUP_FEATURES;  // of a tile
 constexpr int PACKED_TILES = BLOCK_FEATURES / TILE_FEATURES;
 constexpr int GROUP_WARPS = WARPGROUPS * WARPGROUP / 32;
 constexpr int STEP_PRODUCTS = DEPTH_STEP / 16;  // a stage of the ring is DEPTH_STEP deep
-constexpr int STAGE_PARTS = 2;                  // whose weights are in registers by turns
+constexpr int STAGE_PARTS = PRODUCTS * TILE_ROWS >= 256 ? 4 : 2;  // whose weights are in registers by turns
 constexpr int PART_PRODUCTS = STEP_PRODUCTS / STAGE_PARTS;
 
 constexpr u32 PACKED_BYTES = TILE_FEATURES * 16 * 2;             // 16 x 16 weights
@@ -27,7 +27,7 @@ constexpr int NORM_THREADS = WARPGROUP - 32;
 struct Shared {
     u32 input, weights, staging, factors, barriers;
 
-    __device__ explicit Shared(u32 base) {
+    __device__ constexpr explicit Shared(u32 base) : input(0), weights(0), staging(0), factors(0), barriers(0) {
         input = (base + 1023) & ~1023u;
         weights = input + STAGES * INPUT_BYTES;
         staging = weights + STAGES * WEIGHT_BYTES;

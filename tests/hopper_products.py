@@ -1,4 +1,4 @@
-"""Products for `linear_hopper.cu` on a GPU: their arrays, their launch through CuPy, and their error against float64."""
+"""Products for `linear_hopper.cu` on a GPU: arrays, launch through CuPy, error against float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NORM_SCALE = {"bfloat16": 1.0, "float16": 1.0 / 16}
 HALF_STEP = {
     "bfloat16": 2.0**-9,
     "float16": 2.0**-12,
-}  # relative error of rounding; doubled below for the double rounding
+}  # of rounding, relative
 NAN_BITS = 0x7FFF
 
 
@@ -136,7 +136,7 @@ class Product:
         self.next_sums[...] = np.nan
 
     def errors(self) -> dict[str, float]:
-        """The largest share of its allowance that each result takes; inf where NaN came in or a guard was overwritten."""
+        """The largest share of its allowance that each result takes; inf for NaN and where a guard is overwritten."""
         import cupy as cp
 
         case, rows = self.case, self.case.rows
