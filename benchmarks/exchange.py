@@ -1,0 +1,448 @@
+"""How fast thread blocks can hand each other the results of a layer: exchanges alone, and whole layers of candidates.
+
+    python benchmarks/exchange.py [--only words,layers] [--seconds 8] [--out FILE]
+
+Every candidate runs in a process of its own: one that fails or hangs (a watchdog ends every wait of its kernels) leaves
+the others alone. A layer counts only after its result agrees with NumPy in float64 with the same 16-bit roundings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from common import RESULTS, Row, machine_facts, timing, write_results
+
+from soprano_cupy.gpu import persistent_schedule as schedule
+
+LAYERS = 17
+CONTEXT = 256
+STREAM_BYTES = 151e6  # of all weights, the head included: the limit is this over the memory's rate
+POSITION = CONTEXT - 1
+SHARED_LIMIT = 232_448  # bytes of a block on compute capability 9.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run whole layers, with the prediction that was written down before it ran."""
+
+    name: str
+    clusters: int
+    ranks: int
+    dim_parts: int
+    transport: int  # 0 clusters, 1 one group through global memory
+    word_bytes: int  # of the latter; 0: plain stores and a barrier of the grid
+    predicted: float  # microseconds of a layer
+    keys_ahead: int = 2
+
+    @property
+    def shape(self) -> schedule.Shape:
+        return schedule.Shape(512, 4, 1, 128, 2304, 8192, self.clusters, self.ranks, self.dim_parts)
+
+
+CANDIDATES = (
+    Candidate("4 clusters of 16", 4, 16, 1, 0, 0, 4.0),
+    Candidate("4 clusters of 16, dims in 2", 4, 16, 2, 0, 0, 3.9),
+    Candidate("4 clusters of 16, dims in 4", 4, 16, 4, 0, 0, 3.9),
+    Candidate("4 clusters of 16, one key ahead", 4, 16, 2, 0, 0, 3.9, 1),
+    Candidate("2 clusters of 16", 2, 16, 1, 0, 0, 4.7),
+    Candidate("1 cluster of 16", 1, 16, 1, 0, 0, 5.8),
+    Candidate("4 clusters of 8", 4, 8, 1, 0, 0, 4.5),
+    Candidate("2 clusters of 8", 2, 8, 1, 0, 0, 6.0),
+    Candidate("flat, 16 blocks, 8-byte words", 1, 16, 4, 1, 8, 7.5),
+    Candidate("flat, 16 blocks, 16-byte words", 1, 16, 4, 1, 16, 7.3),
+    Candidate("flat, 32 blocks, 8-byte words", 1, 32, 4, 1, 8, 7.2),
+    Candidate("flat, 32 blocks, 16-byte words", 1, 32, 4, 1, 16, 7.0),
+    Candidate("flat, 48 blocks, 16-byte words", 1, 48, 4, 1, 16, 7.3),
+    Candidate("flat, 64 blocks, 8-byte words", 1, 64, 4, 1, 8, 7.8),
+    Candidate("flat, 64 blocks, 16-byte words", 1, 64, 4, 1, 16, 7.6),
+    Candidate("flat, 96 blocks, 16-byte words", 1, 96, 4, 1, 16, 8.3),
+    Candidate("flat, 128 blocks, 16-byte words", 1, 128, 4, 1, 16, 8.8),
+    Candidate("grid barrier, 32 blocks", 1, 32, 4, 1, 0, 7.5),
+    Candidate("grid barrier, 64 blocks", 1, 64, 4, 1, 0, 7.8),
+    Candidate("grid barrier, 128 blocks", 1, 128, 4, 1, 0, 8.5),
+)
+
+# (kind, blocks, word bytes) -> microseconds of an exchange
+WORD_CASES = [
+    ("gather", blocks, size, words)
+    for words in (512, 768)
+    for blocks in (16, 32, 48, 64, 96, 128)
+    for size in (8, 16)
+]  # fmt: skip
+WORD_PREDICTED = {16: 0.80, 32: 0.85, 48: 0.95, 64: 1.05, 96: 1.2, 128: 1.35}
+
+
+# ---- a model of random weights and its reference ----
+
+
+def bf16_bits(x: np.ndarray) -> np.ndarray:
+    """Nearest bfloat16, ties to even, as bits."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """Rounded to bfloat16, in float64."""
+    return (bf16_bits(x).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+@dataclass
+class Model:
+    """Weights of the 80M shape, rounded to bfloat16 and held in float64, of `layers` different layers."""
+
+    qkv: list[np.ndarray]
+    o: list[np.ndarray]
+    gate: list[np.ndarray]
+    up: list[np.ndarray]
+    down: list[np.ndarray]
+    gains: np.ndarray  # (layers + 1, 2, hidden)
+    head_gains: np.ndarray  # (layers, 2, head_dim)
+    keys: np.ndarray  # (layers, context, head_dim)
+    values: np.ndarray
+    input: np.ndarray
+
+    @classmethod
+    def random(cls, s: schedule.Shape, layers: int) -> Model:
+        rng = np.random.default_rng(5)
+
+        def matrix(rows: int, columns: int, scale: float) -> np.ndarray:
+            return bf16(rng.standard_normal((rows, columns), np.float32) * (scale / columns**0.5))
+
+        q_size, rows = s.heads * s.head_dim, (s.heads + 2 * s.kv_heads) * s.head_dim
+        each = range(layers)
+        return cls(
+            [matrix(rows, s.hidden, 1.0) for _ in each], [matrix(s.hidden, q_size, 1.0) for _ in each],
+            [matrix(s.intermediate, s.hidden, 1.0) for _ in each], [matrix(s.intermediate, s.hidden, 1.0) for _ in each],
+            [matrix(s.hidden, s.intermediate, 1.0) for _ in each],
+            rng.uniform(0.5, 1.5, (layers + 1, 2, s.hidden)).astype(np.float32),
+            rng.uniform(0.8, 1.6, (layers, 2, s.head_dim)).astype(np.float32),
+            bf16(rng.standard_normal((layers, CONTEXT, s.head_dim))), bf16(rng.standard_normal((layers, CONTEXT, s.head_dim))),
+            rng.standard_normal(s.hidden).astype(np.float32),
+        )  # fmt: skip
+
+    def reference(self, s: schedule.Shape, position: int) -> np.ndarray:
+        """The residual stream behind the last layer, float64, with activations rounded where the kernels round."""
+        x = self.input.astype(np.float64)
+        half = s.head_dim // 2
+        angles = position * 10000.0 ** (-np.arange(half) / half)
+        cos, sin = np.cos(angles), np.sin(angles)
+
+        def norm(v: np.ndarray, size: int) -> np.ndarray:
+            return 1 / np.sqrt((v * v).mean(axis=-1, keepdims=True) + 1e-6)
+
+        def turned(v: np.ndarray, gain: np.ndarray) -> np.ndarray:
+            v = v * norm(v, s.head_dim) * gain
+            low, high = v[..., :half], v[..., half:]
+            return np.concatenate((low * cos - high * sin, high * cos + low * sin), -1)
+
+        for i in range(len(self.qkv)):
+            qkv = self.qkv[i] @ bf16(x * self.gains[i, 0]) * norm(x, s.hidden)
+            q = turned(qkv[: s.heads * s.head_dim].reshape(s.heads, s.head_dim), self.head_gains[i, 0])
+            k, v = np.split(qkv[s.heads * s.head_dim :], 2)
+            keys = np.concatenate((self.keys[i, :position], bf16(turned(k, self.head_gains[i, 1]))[None]))
+            values = np.concatenate((self.values[i, :position], bf16(v)[None]))
+            scores = q @ keys.T / s.head_dim**0.5
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            attended = bf16((weights / weights.sum(-1, keepdims=True) @ values).reshape(-1))
+            x = x + self.o[i] @ attended
+            h = bf16(x * self.gains[i, 1])
+            gate, up = (w @ h * norm(x, s.hidden) for w in (self.gate[i], self.up[i]))
+            x = x + self.down[i] @ bf16(gate / (1 + np.exp(-gate)) * up)
+        return x
+
+
+def stream_of(model: Model, s: schedule.Shape) -> tuple[Any, int]:
+    """The packed weights of every block of the grid on the GPU, one after the other, and the bytes of each."""
+    import cupy
+
+    from soprano_cupy.gpu.packing import interleave_gate_up, pack_linear
+
+    matrices: dict[str, list[np.ndarray]] = {
+        "qkv": model.qkv, "o": model.o, "down": model.down,
+        "gate_up": [interleave_gate_up(bf16_bits(g), bf16_bits(u), np) for g, u in zip(model.gate, model.up, strict=True)],
+    }  # fmt: skip
+    blocks, places = [np.zeros((1, schedule.BLOCK_BYTES), np.uint8)], {}
+    for name, (rows, columns) in {
+        "qkv": model.qkv[0].shape, "o": model.o[0].shape, "gate_up": (2 * s.intermediate, s.hidden), "down": model.down[0].shape
+    }.items():  # fmt: skip
+        places[name] = (sum(len(b) for b in blocks), -(-rows // 16), -(-columns // 64) * 4)
+        blocks.append(np.empty((places[name][1] * places[name][2], schedule.BLOCK_BYTES), np.uint8))
+    orders = [
+        np.concatenate([schedule.block_order(p, places[p.matrix][1], places[p.matrix][2], places[p.matrix][0])
+                        for p in schedule.layer_products(s, block // s.ranks, block % s.ranks)])
+        for block in range(s.blocks)
+    ]  # fmt: skip
+    longest = max(len(o) for o in orders)
+    layers = len(model.qkv)
+    stream = cupy.zeros((s.blocks, layers * longest, schedule.BLOCK_BYTES), cupy.uint8)
+    for i in range(layers):
+        for part, name in zip(blocks[1:], places, strict=True):
+            bits = matrices[name][i] if name == "gate_up" else bf16_bits(matrices[name][i])
+            part[:] = pack_linear(bits, np).view(np.uint8).reshape(-1, schedule.BLOCK_BYTES)
+        whole = cupy.asarray(np.concatenate(blocks))
+        for block, order in enumerate(orders):
+            index = cupy.asarray(np.where(order == schedule.OUTSIDE, 0, order))
+            stream[block, i * len(order) : (i + 1) * len(order)] = whole[index]
+    return stream, layers * longest * schedule.BLOCK_BYTES
+
+
+# ---- whole layers ----
+
+
+def run_candidate(candidate: Candidate, seconds: float) -> dict[str, Any]:
+    """Check and time one candidate; in a process of its own."""
+    import cupy
+
+    from soprano_cupy.cuda.module import device_facts
+    from soprano_cupy.gpu import _driver
+    from soprano_cupy.gpu.launch import Launch
+    from soprano_cupy.gpu.program import on_device
+
+    s = candidate.shape
+    ring_slots = s.ring_slots(SHARED_LIMIT)
+    shared_bytes = s.shared_bytes(ring_slots)
+    defines = (
+        *s.defines(ring_slots), ("DTYPE_BF16", 1), ("TRANSPORT", candidate.transport),
+        ("WORD_BYTES", candidate.word_bytes), ("KEYS_AHEAD", candidate.keys_ahead),
+    )  # fmt: skip
+    model = Model.random(s, LAYERS)
+    expected = model.reference(s, POSITION)
+    with on_device(0):
+        kernel = load_kernel("experiments/layers.cu", "layers", defines, shared_bytes)
+        cluster = s.ranks if candidate.transport == 0 else 1
+        room = co_resident(kernel, s.blocks, shared_bytes, cluster)
+        if room is not None:
+            return {"name": candidate.name, "skipped": room}
+        stream, stream_bytes = stream_of(model, s)
+        half = s.head_dim // 2
+        angles = np.arange(CONTEXT)[:, None] * 10000.0 ** (-np.arange(half) / half)
+        rope = cupy.asarray(np.stack((np.cos(angles), np.sin(angles)), -1).astype(np.float32))
+        keys, values = (cupy.asarray(bf16_bits(a)) for a in (model.keys, model.values))
+        keys[:, POSITION:] = 0x7FC0
+        values[:, POSITION:] = 0x7FC0  # the newest token's must come from the kernel
+        gains, head_gains = cupy.asarray(model.gains), cupy.asarray(model.head_gains)
+        # behind the last layer the next round begins: its norm is the first layer's
+        gains[LAYERS, 0] = gains[0, 0]
+        source, output = cupy.asarray(model.input), cupy.full(s.hidden, cupy.nan, cupy.float32)
+        words, error = cupy.zeros(1 << 20, cupy.uint64), cupy.zeros(4, cupy.uint32)
+        stream_handle = cupy.cuda.Stream(non_blocking=True)
+
+        def program(rounds: int) -> Any:
+            params = np.zeros(1, PARAMS)
+            for name, value in {
+                "stream": stream.data.ptr, "gains": gains.data.ptr, "head_gains": head_gains.data.ptr,
+                "rope": rope.data.ptr, "keys": keys.data.ptr, "values": values.data.ptr, "words": words.data.ptr,
+                "error": error.data.ptr, "stream_bytes": stream_bytes, "layer_elements": keys[0].size, "layers": LAYERS,
+                "epsilon": 1e-6, "input": source.data.ptr, "output": output.data.ptr, "rounds": rounds, "position": POSITION,
+            }.items():  # fmt: skip
+                params[name] = value
+            launch = Launch(
+                "experiments/layers.cu", "layers", defines, (s.blocks, 1, 1), schedule.THREADS, shared_bytes,
+                params.tobytes(), cluster=cluster, programmatic=False,
+            )  # fmt: skip
+            return _driver.Program([launch], [kernel.pointer], keep=kernel)
+
+        def run(rounds: int, programs: dict[int, Any] = {}) -> float:  # noqa: B006
+            if rounds not in programs:
+                programs[rounds] = program(rounds)
+            with stream_handle:
+                words.fill(0)
+                start, end = cupy.cuda.Event(), cupy.cuda.Event()
+                start.record()
+                programs[rounds].run(stream_handle.ptr)
+                end.record()
+                end.synchronize()
+            if int(error[0]):
+                raise RuntimeError(f"the watchdog ended wait {int(error[0])}")
+            return float(cupy.cuda.get_elapsed_time(start, end)) * 1000
+
+        run(1)
+        got = output.get().astype(np.float64)
+        wrong = float(np.abs(got - expected).max() / np.sqrt((expected**2).mean()))
+        if not wrong < 5e-3:
+            return {"name": candidate.name, "wrong": wrong, "first": got[:4].tolist(), "expected": expected[:4].tolist()}
+        bits = [run(3) and output.get().tobytes() for _ in range(20)]
+        if len(set(bits)) != 1:
+            return {"name": candidate.name, "wrong": "not the same bits in every run"}
+        run(40)
+        begun, samples = time.perf_counter(), []
+        while len(samples) < 20 or (time.perf_counter() - begun < seconds and len(samples) < 200):
+            short, long = run(15), run(75)
+            samples.append((long - short) / (60 * LAYERS))
+        t = timing(samples)
+        facts = _driver.function_facts(kernel.pointer)
+        return {
+            "name": candidate.name, "us": t.median, "p99": t.p99, "repeats": t.repeats, "error": wrong,
+            "registers": facts.registers, "local_bytes": facts.local_bytes, "sms": device_facts(0).multiprocessors,
+        }  # fmt: skip
+
+
+PARAMS = np.dtype(
+    {
+        "names": ["stream", "gains", "head_gains", "rope", "keys", "values", "words", "error", "stream_bytes",
+                  "layer_elements", "layers", "epsilon", "input", "output", "rounds", "position"],
+        "formats": ["u8"] * 8 + ["i8", "i8", "i4", "f4", "u8", "u8", "i4", "i4"],
+    }
+)  # fmt: skip
+
+
+def load_kernel(source: str, name: str, defines: Any, shared_bytes: int) -> Any:
+    """Compiled, on the device, and allowed its shared memory and any cluster."""
+    from soprano_cupy.cuda.module import load
+    from soprano_cupy.gpu import _driver
+
+    kernel = load(source, name, defines, 0)
+    _driver.set_shared_bytes(kernel.pointer, shared_bytes)
+    _driver.allow_large_clusters(kernel.pointer)
+    return kernel
+
+
+def co_resident(kernel: Any, blocks: int, shared_bytes: int, cluster: int) -> str | None:
+    """Why the blocks would not all run at once; None when they do."""
+    from soprano_cupy.cuda.module import device_facts
+    from soprano_cupy.gpu import _driver
+
+    if cluster > 1:
+        fit = _driver.max_active_clusters(kernel.pointer, (blocks, 1, 1), schedule.THREADS, shared_bytes, cluster)
+        return None if fit * cluster >= blocks else f"only {fit} clusters of {cluster} run at once"
+    each = _driver.max_active_blocks(kernel.pointer, schedule.THREADS, shared_bytes)
+    fit = each * device_facts(0).multiprocessors
+    return None if fit >= blocks else f"only {fit} blocks run at once"
+
+
+# ---- exchanges alone ----
+
+WORDS_PARAMS = np.dtype({"names": ["words", "error", "output", "rounds"], "formats": ["u8", "u8", "u8", "i8"]})
+
+
+def run_words(case: tuple[str, int, int, int], seconds: float) -> dict[str, Any]:
+    """Time one exchange: every block makes its part of `words` floats from all of those of the round before."""
+    import cupy
+
+    from soprano_cupy.gpu import _driver
+    from soprano_cupy.gpu.launch import Launch
+    from soprano_cupy.gpu.program import on_device
+
+    kind, blocks, size, count = case
+    name = f"{kind} of {count} floats, {blocks} blocks, {size}-byte words"
+    defines = (("DTYPE_BF16", 1), ("BLOCKS", blocks), ("WORD_BYTES", size), ("COUNT", count), ("HELD", 1))
+    with on_device(0):
+        kernel = load_kernel("experiments/words.cu", "words", defines, 200 * 1024)
+        room = co_resident(kernel, blocks, 200 * 1024, 1)
+        if room is not None:
+            return {"name": name, "skipped": room}
+        words, error = cupy.zeros(1 << 16, cupy.uint64), cupy.zeros(4, cupy.uint32)
+        output = cupy.zeros((blocks, count), cupy.float32)
+        stream = cupy.cuda.Stream(non_blocking=True)
+
+        def run(rounds: int) -> float:
+            params = np.zeros(1, WORDS_PARAMS)
+            for field, value in zip(WORDS_PARAMS.names, (words.data.ptr, error.data.ptr, output.data.ptr, rounds), strict=True):
+                params[field] = value
+            launch = Launch("experiments/words.cu", "words", defines, (blocks, 1, 1), 256, 200 * 1024, params.tobytes(),
+                            programmatic=False)  # fmt: skip
+            program = _driver.Program([launch], [kernel.pointer], keep=kernel)
+            with stream:
+                words.fill(0)
+                output.fill(cupy.nan)
+                start, end = cupy.cuda.Event(), cupy.cuda.Event()
+                start.record()
+                program.run(stream.ptr)
+                end.record()
+                end.synchronize()
+            if int(error[0]):
+                raise RuntimeError(f"the watchdog ended wait {int(error[0])}")
+            return float(cupy.cuda.get_elapsed_time(start, end)) * 1000
+
+        run(100)
+        expected = (np.arange(count) % 8 + 100).astype(np.float32)
+        if not (output.get() == expected).all():
+            return {"name": name, "wrong": output.get()[:, :4].tolist()}
+        samples: list[float] = []
+        begun = time.perf_counter()
+        while len(samples) < 10 or (time.perf_counter() - begun < seconds / 4 and len(samples) < 50):
+            short, long = run(500), run(4500)
+            samples.append((long - short) / 4000)
+        t = timing(samples)
+        return {"name": name, "us": t.median, "p99": t.p99, "repeats": t.repeats}
+
+
+# ---- all of them ----
+
+
+def in_process(what: str, index: int, seconds: float) -> dict[str, Any]:
+    """Run one case in a process of its own; what it says, or why it failed."""
+    command = [sys.executable, __file__, "--one", what, str(index), "--seconds", str(seconds)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": "no end after 90 s"}
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if lines:
+        return dict(json.loads(lines[-1]))
+    return {"failed": " | ".join((done.stderr.strip().splitlines() or ["no output"])[-3:])}
+
+
+def show(name: str, result: dict[str, Any], predicted: float) -> None:
+    if "us" in result:
+        extra = {k: v for k, v in result.items() if k in ("error", "registers", "local_bytes")}
+        said = f"{result['us']:7.3f} us (p99 {result['p99']:.3f}), predicted {predicted:.2f}  {extra or ''}"
+    else:
+        said = "  ".join(f"{key}: {value}" for key, value in result.items() if key != "name")
+    sys.stdout.write(f"{name:46s} {said}\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="layers,words")
+    parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--match", default="")
+    parser.add_argument("--one", nargs=2)
+    arguments = parser.parse_args()
+    if arguments.one:
+        what, index = arguments.one[0], int(arguments.one[1])
+        try:
+            result = (
+                run_candidate(CANDIDATES[index], arguments.seconds)
+                if what == "layers"
+                else run_words(WORD_CASES[index], arguments.seconds)
+            )
+        except Exception as error:
+            traceback.print_exc()
+            result = {"failed": f"{type(error).__name__}: {error}"}
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    rows, checks = [], 0
+    for what in arguments.only.split(","):
+        cases: tuple[Any, ...] = CANDIDATES if what == "layers" else tuple(WORD_CASES)
+        for index, case in enumerate(cases):
+            name = case.name if what == "layers" else f"gather of {case[3]} floats, {case[1]} blocks, {case[2]}-byte words"
+            if arguments.match not in name:
+                continue
+            result = in_process(what, index, arguments.seconds)
+            predicted = case.predicted if what == "layers" else WORD_PREDICTED[case[1]]
+            show(name, result, predicted)
+            if "us" in result:
+                checks += 1
+                rows.append(Row(name, result["us"], "us a layer" if what == "layers" else "us an exchange", result["repeats"],
+                                p99=result["p99"], peer={"predicted": predicted}))  # fmt: skip
+    facts = machine_facts(gpu=True)
+    write_results(arguments.out or RESULTS / f"{facts['machine']}-exchange.json", "exchange", facts, {}, rows, checks)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+// Exchanges between RANKS blocks through global memory, in place of persistent_cluster.cuh.
+//
+// WORD_BYTES 8 or 16: every four bytes of data travel with the number of their exchange, one or two such pairs to a store;
+// every block waits for the words and copies them into its shared memory. WORD_BYTES 0: plain stores and a barrier of the
+// grid, an atomic counter.
+#pragma once
+
+#include "persistent_device.cuh"
+#include "persistent_sizes.cuh"
+
+static_assert(CLUSTERS == 1, "one group of blocks");
+constexpr int RECEIVERS = 1;  // one store serves all
+
+constexpr int words_before(int exchange) {
+    int words = 0;
+    for (int i = 0; i < exchange; ++i) words += aligned_16(exchange_bytes(i)) / 4;
+    return words;
+}
+constexpr int ALL_WORDS = words_before(EXCHANGES);
+
+struct Exchange {
+    unsigned base;
+    Watch watch;
+    Word* words;        // (ALL_WORDS,) zeroed before the launch; of the barrier's counter one more
+    unsigned uses = 0;  // of the exchanges of this layer: the same for all of them but while one is under way
+    unsigned counts[EXCHANGES] = {};
+
+    DEVICE void begin() {}
+
+    DEVICE void send(int exchange, unsigned at, int, uint4 v) const {
+        Word* to = words + words_before(exchange) + at / 4;
+#if WORD_BYTES > 0
+        const unsigned number = counts[exchange] + 1;
+#endif
+#if WORD_BYTES == 16
+        store_words(to, make_word(v.x, number), make_word(v.y, number));
+        store_words(to + 2, make_word(v.z, number), make_word(v.w, number));
+#elif WORD_BYTES == 8
+        store_word(to, make_word(v.x, number));
+        store_word(to + 1, make_word(v.y, number));
+        store_word(to + 2, make_word(v.z, number));
+        store_word(to + 3, make_word(v.w, number));
+#else
+        *reinterpret_cast<uint4*>(reinterpret_cast<unsigned*>(words) + words_before(exchange) + at / 4) = v;
+#endif
+    }
+    DEVICE void send(int exchange, unsigned at, int, float v) const {
+#if WORD_BYTES > 0
+        store_word(words + words_before(exchange) + at / 4, make_word(__float_as_uint(v), counts[exchange] + 1));
+#else
+        reinterpret_cast<float*>(words)[words_before(exchange) + at / 4] = v;
+#endif
+    }
+
+    // The sums of squares come with their rows.
+    DEVICE void await(int exchange) {
+        if (exchange == EX_HIDDEN) receive<exchange_bytes(EX_HIDDEN) / 4, exchange_bytes(EX_SUMS) / 4>(EX_HIDDEN, EX_SUMS);
+        if (exchange == EX_AFTER) receive<exchange_bytes(EX_AFTER) / 4, exchange_bytes(EX_SUMS_AFTER) / 4>(EX_AFTER, EX_SUMS_AFTER);
+        if (exchange == EX_QKV) receive<exchange_bytes(EX_QKV) / 4, 0>(EX_QKV, EX_QKV);
+        if (exchange == EX_ATTENDED) receive<exchange_bytes(EX_ATTENDED) / 4, 0>(EX_ATTENDED, EX_ATTENDED);
+        if (exchange == EX_GATED) receive<exchange_bytes(EX_GATED) / 4, 0>(EX_GATED, EX_GATED);
+    }
+
+    template <int FIRST, int SECOND> DEVICE void receive(int first, int second) {
+        const unsigned number = ++counts[first];
+        if (SECOND > 0) counts[second] = number;
+        const int a = words_before(first), b = words_before(second);
+#if WORD_BYTES == 0
+        ++uses;
+        sync_named(1, CONSUMERS);
+        if (warp_index() == 0) {
+            unsigned* counter = reinterpret_cast<unsigned*>(words + ALL_WORDS);
+            if (threadIdx.x == 0) {
+                fence_device();
+                atomicAdd(counter, 1u);
+            }
+            const unsigned target = uses * RANKS;
+            spin_until(watch, 16 + first, [=] { return load_flag(counter) >= target; });
+            fence_device();
+        }
+        sync_named(1, CONSUMERS);
+        const unsigned* plain = reinterpret_cast<const unsigned*>(words);
+        for (int i = threadIdx.x * 4; i < FIRST; i += CONSUMERS * 4)
+            store_shared<uint4>(base + exchange_at(first) + i * 4, load_global_fresh<uint4>(plain + a + i));
+        for (int i = threadIdx.x * 4; i < SECOND; i += CONSUMERS * 4)
+            store_shared<uint4>(base + exchange_at(second) + i * 4, load_global_fresh<uint4>(plain + b + i));
+#elif WORD_BYTES == 8
+        constexpr int MOST = (FIRST + SECOND + CONSUMERS - 1) / CONSUMERS;
+        Word heard[MOST];
+        const Word* from = words;
+        spin_until(watch, 16 + first, [&] {
+            bool all = true;
+#pragma unroll
+            for (int n = 0; n < MOST; ++n) {
+                const int i = threadIdx.x + n * CONSUMERS;
+                if (i < FIRST + SECOND) heard[n] = load_word(from + (i < FIRST ? a + i : b + i - FIRST));
+            }
+#pragma unroll
+            for (int n = 0; n < MOST; ++n) {
+                const int i = threadIdx.x + n * CONSUMERS;
+                if (i < FIRST + SECOND) all = all && word_number(heard[n]) == number;
+            }
+            return all;
+        });
+#pragma unroll
+        for (int n = 0; n < MOST; ++n) {
+            const int i = threadIdx.x + n * CONSUMERS;
+            if (i < FIRST + SECOND)
+                store_shared<unsigned>(base + (i < FIRST ? exchange_at(first) + i * 4 : exchange_at(second) + (i - FIRST) * 4),
+                                       word_value(heard[n]));
+        }
+#else
+        constexpr int PAIRS = (FIRST + SECOND) / 2, MOST = (PAIRS + CONSUMERS - 1) / CONSUMERS;
+        Word heard[MOST][2];
+        const Word* from = words;
+        spin_until(watch, 16 + first, [&] {
+            bool all = true;
+#pragma unroll
+            for (int n = 0; n < MOST; ++n) {
+                const int i = 2 * (threadIdx.x + n * CONSUMERS);
+                if (i < 2 * PAIRS) load_words(from + (i < FIRST ? a + i : b + i - FIRST), heard[n][0], heard[n][1]);
+            }
+#pragma unroll
+            for (int n = 0; n < MOST; ++n) {
+                const int i = 2 * (threadIdx.x + n * CONSUMERS);
+                if (i < 2 * PAIRS) all = all && word_number(heard[n][0]) == number && word_number(heard[n][1]) == number;
+            }
+            return all;
+        });
+#pragma unroll
+        for (int n = 0; n < MOST; ++n) {
+            const int i = 2 * (threadIdx.x + n * CONSUMERS);
+            if (i >= 2 * PAIRS) continue;
+            const unsigned at = base + (i < FIRST ? exchange_at(first) + i * 4 : exchange_at(second) + (i - FIRST) * 4);
+            store_shared<unsigned>(at, word_value(heard[n][0]));
+            store_shared<unsigned>(at + 4, word_value(heard[n][1]));
+        }
+#endif
+        sync_named(1, CONSUMERS);
+    }
+    DEVICE unsigned at(int exchange) const { return base + exchange_at(exchange); }
+};

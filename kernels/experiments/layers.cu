@@ -1,0 +1,70 @@
+// Layers of one token, one behind the other, by a grid that stays: what benchmarks/exchange.py checks and times.
+//
+// TRANSPORT 0: clusters (persistent_cluster.cuh). 1: one group of blocks through global memory (flat_exchange.cuh).
+#include "persistent_device.cuh"
+#include "persistent_sizes.cuh"
+#if TRANSPORT == 0
+#include "persistent_cluster.cuh"
+#else
+#include "experiments/flat_exchange.cuh"
+#endif
+#include "persistent_start.cuh"
+
+struct LayersParams {
+    LayerParams layer;
+    const float* input;  // (HIDDEN,)
+    float* output;       // (HIDDEN,) behind the last layer
+    int rounds;          // through all layers
+    int position;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) layers(const __grid_constant__ LayersParams params) {
+    const unsigned base = shared_base();
+    const LayerParams& p = params.layer;
+    const Watch watch{p.error, base + DEAD_AT};
+    Worker worker(p, base, blockIdx.x / RANKS, blockIdx.x % RANKS, watch);
+#if TRANSPORT == 1
+    worker.exchange.words = p.words;
+#endif
+    begin_block(worker);
+#if TRANSPORT == 0
+    sync_cluster();
+#else
+    sync_block();
+#endif
+    if (warp_index() == WARPS) {
+        const LayerBlocks blocks(worker.rank);
+        Streamer streamer{base, watch, static_cast<const char*>(p.stream) + blockIdx.x * p.stream_bytes, {}};
+        int of_layer = 0, product = 0;
+        for (int i = 0; i < LayerBlocks::PRODUCTS; ++i) of_layer += chunks_of(blocks.blocks(i));
+        const int of_round = of_layer * p.layers;
+        for (int round = 0; round < params.rounds; ++round) {
+            for (int chunk = 0; chunk < of_round && !watch.is_dead(); ++chunk) {
+                while (streamer.room == 0) {
+                    streamer.await_consumption(chunks_of(blocks.blocks(product)));
+                    product = product + 1 == LayerBlocks::PRODUCTS ? 0 : product + 1;
+                }
+                streamer.copy(chunk);
+            }
+        }
+        streamer.drain();
+    } else {
+        worker.begin_token(params.position);
+        if (worker.owns()) {
+            worker.residual = worker.owns_row() ? load_global<float>(params.input + worker.row()) : 0.0f;
+            worker.publish_residual(EX_HIDDEN, EX_SUMS, worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f);
+        }
+        for (int round = 0; round < params.rounds; ++round)
+#pragma unroll 1
+            for (int i = 0; i < p.layers; ++i) worker.layer(i);
+        worker.exchange.await(EX_HIDDEN);
+        worker.exchange.await(EX_SUMS);
+        if (worker.cluster == 0 && worker.owns() && worker.owns_row())
+            store_global<float>(params.output + worker.row(), worker.residual);
+    }
+    linger(watch);
+#if TRANSPORT == 0
+    sync_warp();
+    sync_cluster();
+#endif
+}

@@ -1,0 +1,190 @@
+// Attention of one new token inside a cluster. Position p of the sequence belongs to share p % PARTS, there to group
+// (p / PARTS) % GROUPS of eight lanes: the group that stores a key and value is the one that reads them ever after, so they
+// need no fence. Keys of the layer are loaded into registers before the queries are known.
+#pragma once
+
+#include "persistent_products.cuh"
+
+constexpr int GROUPS = WARPS * 4;             // of eight lanes
+constexpr int HALF_LANE = HEAD_DIM / 16;      // dimensions of a lane in each half of a head: the rotation stays in the lane
+constexpr int LANE_DIMS = 2 * HALF_LANE;
+constexpr int VALUE_DIMS = OUT_DIMS / 8;      // dimensions of the values of a lane
+constexpr int LAST_DIMS = VALUE_DIMS / 4;     // that a lane ends with
+#ifndef KEYS_AHEAD
+#define KEYS_AHEAD 2
+#endif
+constexpr int AHEAD = KEYS_AHEAD;                 // keys of a group that are loaded ahead
+constexpr float NO_SCORE = -3.0e38f;          // below every score, and finite: differences stay numbers
+
+// N elements in 32-bit words, loaded 4, 8 or 16 bytes at a time.
+template <int N> struct Elements {
+    unsigned words[N / 2];
+
+    DEVICE void load(const Element* from) {
+        if constexpr (N % 8 == 0) {
+#pragma unroll
+            for (int i = 0; i < N / 8; ++i) {
+                const uint4 v = load_global_fresh<uint4>(from + 8 * i);
+                words[4 * i] = v.x, words[4 * i + 1] = v.y, words[4 * i + 2] = v.z, words[4 * i + 3] = v.w;
+            }
+        } else if constexpr (N == 4) {
+            const uint2 v = load_global_fresh<uint2>(from);
+            words[0] = v.x, words[1] = v.y;
+        } else {
+            words[0] = load_global_fresh<unsigned>(from);
+        }
+    }
+    DEVICE void store(Element* to) const {
+#pragma unroll
+        for (int i = 0; i < N / 2; ++i) store_global<unsigned>(to + 2 * i, words[i]);
+    }
+    DEVICE float operator[](int i) const { return i % 2 == 0 ? unpack_low(words[i / 2]) : unpack_high(words[i / 2]); }
+};
+
+// A head of a query or key in the eight lanes of a group: elements j HALF_LANE + i and, behind them, their partners.
+struct HeadLanes {
+    float low[HALF_LANE], high[HALF_LANE];
+
+    // raw: (HEAD_DIM,) float in shared memory.
+    DEVICE void load(unsigned raw) {
+        const unsigned at = raw + lane_index() % 8 * HALF_LANE * 4;
+#pragma unroll
+        for (int i = 0; i < HALF_LANE; i += 2) {
+            const float2 l = load_shared<float2>(at + 4 * i), h = load_shared<float2>(at + HEAD_DIM * 2 + 4 * i);
+            low[i] = l.x, low[i + 1] = l.y, high[i] = h.x, high[i + 1] = h.y;
+        }
+    }
+    // RMS norm with a gain, rotation by the angles (cosines in `low`, sines in `high`), times `scale`. Both in shared memory.
+    DEVICE void finish(unsigned gain_at, unsigned angles_at, float epsilon, float scale) {
+        HeadLanes gain, angles;
+        gain.load(gain_at);
+        angles.load(angles_at);
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < HALF_LANE; ++i) sum += low[i] * low[i] + high[i] * high[i];
+#pragma unroll
+        for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
+        const float factor = inverse_sqrt(sum * (1.0f / HEAD_DIM) + epsilon) * scale;
+#pragma unroll
+        for (int i = 0; i < HALF_LANE; ++i) {
+            const float l = low[i] * factor * gain.low[i], h = high[i] * factor * gain.high[i];
+            low[i] = l * angles.low[i] - h * angles.high[i];
+            high[i] = h * angles.low[i] + l * angles.high[i];
+        }
+    }
+};
+
+// One key with its value, as a group holds them.
+struct KeyValue {
+    Elements<HALF_LANE> low, high;
+    Elements<VALUE_DIMS> value;
+
+    DEVICE void load(const Element* key, const Element* values) {
+        low.load(key + lane_index() % 8 * HALF_LANE);
+        high.load(key + HEAD_DIM / 2 + lane_index() % 8 * HALF_LANE);
+        value.load(values + lane_index() % 8 * VALUE_DIMS);
+    }
+    // The score in all eight lanes.
+    DEVICE float score(const HeadLanes& query) const {
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < HALF_LANE; ++i) sum += query.low[i] * low[i] + query.high[i] * high[i];
+#pragma unroll
+        for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
+        return sum;
+    }
+};
+
+// The online softmax of a group: maximum and sum (of powers of 2) and the weighted values, VALUE_DIMS of each lane.
+struct Share {
+    float maximum = NO_SCORE, sum = 0.0f;
+    float values[VALUE_DIMS] = {};
+
+    DEVICE void add(float score, const Elements<VALUE_DIMS>& value) {
+        const float larger = fmaxf(maximum, score);
+        const float kept = exp2_fast(maximum - larger), weight = exp2_fast(score - larger);
+        maximum = larger;
+        sum = sum * kept + weight;
+#pragma unroll
+        for (int i = 0; i < VALUE_DIMS; ++i) values[i] = values[i] * kept + weight * value[i];
+    }
+
+    // Adds up the warp's four groups: maximum and sum in every lane, of the values LAST_DIMS from first_dim() on in values[0...].
+    DEVICE void merge_groups() {
+        const int lane = lane_index();
+        float all = fmaxf(maximum, shuffle_xor(maximum, 8));
+        all = fmaxf(all, shuffle_xor(all, 16));
+        const float weight = exp2_fast(maximum - all);
+        maximum = all;
+        sum *= weight;
+        sum += shuffle_xor(sum, 8);
+        sum += shuffle_xor(sum, 16);
+        const bool upper_8 = lane & 8, upper_16 = lane & 16;
+        float half[VALUE_DIMS / 2];
+#pragma unroll
+        for (int i = 0; i < VALUE_DIMS / 2; ++i) {
+            const float mine = (upper_8 ? values[i + VALUE_DIMS / 2] : values[i]) * weight;
+            const float theirs = (upper_8 ? values[i] : values[i + VALUE_DIMS / 2]) * weight;
+            half[i] = mine + shuffle_xor(theirs, 8);
+        }
+#pragma unroll
+        for (int i = 0; i < LAST_DIMS; ++i) {
+            const float mine = upper_16 ? half[i + LAST_DIMS] : half[i];
+            const float theirs = upper_16 ? half[i] : half[i + LAST_DIMS];
+            values[i] = mine + shuffle_xor(theirs, 16);
+        }
+    }
+    DEVICE static int first_dim() {
+        const int lane = lane_index();
+        return lane % 8 * VALUE_DIMS + (lane & 8 ? VALUE_DIMS / 2 : 0) + (lane & 16 ? LAST_DIMS : 0);
+    }
+};
+
+// Where a rank stands in the attention of its cluster.
+struct Place {
+    int head, kv, part, dims;  // of the cluster's heads and of its key-value heads; share of the keys, share of the dimensions
+
+    DEVICE explicit Place(int rank)
+        : head(rank / RANKS_OF_HEAD),
+          kv(LOCAL_HEADS < GROUP ? 0 : rank / RANKS_OF_HEAD / GROUP),
+          part(rank % RANKS_OF_HEAD / DIM_PARTS),
+          dims(rank % DIM_PARTS) {}
+};
+
+// The keys of this layer that a group reads, with those that are loaded ahead.
+struct Keys {
+    const Element *keys, *values;  // (capacity, KV_HEADS, HEAD_DIM) of the slot, at this rank's head (and dimensions)
+    int first, count;              // this group's first position, and the positions in use
+    KeyValue ahead[AHEAD];
+
+    static constexpr int STRIDE = GROUPS * PARTS;
+    static constexpr int TOKEN = KV_HEADS * HEAD_DIM;
+
+    DEVICE void begin(const Element* keys_, const Element* values_, int part, int count_) {
+        keys = keys_, values = values_, count = count_;
+        first = (warp_index() * 4 + lane_index() / 8) * PARTS + part;
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int position = first + i * STRIDE;
+            if (position < count) ahead[i].load(keys + position * TOKEN, values + position * TOKEN);
+        }
+    }
+    // All lanes of a warp call this together.
+    DEVICE void attend(const HeadLanes& query, Share& share) const {
+        const int warp_first = first - lane_index() / 8 * PARTS;
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            if (warp_first + i * STRIDE >= count) return;
+            const float score = ahead[i].score(query);
+            if (first + i * STRIDE < count) share.add(score, ahead[i].value);
+        }
+#pragma unroll 1
+        for (int i = AHEAD; warp_first + i * STRIDE < count; ++i) {
+            const int position = first + i * STRIDE;
+            KeyValue pair = ahead[0];
+            if (position < count) pair.load(keys + position * TOKEN, values + position * TOKEN);
+            const float score = pair.score(query);
+            if (position < count) share.add(score, pair.value);
+        }
+    }
+};

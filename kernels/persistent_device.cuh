@@ -1,0 +1,164 @@
+// What kernels that stay on the GPU for many tokens ask of the hardware beside device.cuh: barriers in shared memory that
+// count bytes, bulk copies, stores into other blocks of a cluster, words that carry their own flag, and spins that end.
+//
+// Nothing here traps: a wait that takes too long leaves a code in the error word, every wait of every block then returns
+// at once, and the launch ends by itself with wrong numbers that nobody reads.
+#ifndef SOPRANO_PERSISTENT_DEVICE_CUH
+#define SOPRANO_PERSISTENT_DEVICE_CUH
+
+#include "device.cuh"
+
+typedef unsigned long long Word;  // a float in the lower half, the number of its exchange in the upper
+
+// ---- barriers in shared memory: a phase ends when its arrivals and its announced bytes are in ----
+
+DEVICE void barrier_init(unsigned barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// Other blocks of the cluster and the copy engine see the barriers initialised; a barrier of the cluster follows.
+DEVICE void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+DEVICE void barrier_arrive(unsigned barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives, and announces bytes to come.
+DEVICE void barrier_expect(unsigned barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Whether the phase of this parity has ended; may take a moment. A fresh barrier has ended parity 1.
+DEVICE bool barrier_done(unsigned barrier, unsigned parity) {
+    unsigned done;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return done != 0;
+}
+
+// ---- copies and stores that complete on a barrier ----
+
+// Constants that each block reads once: the second-level cache may drop them first.
+DEVICE void copy_bulk(unsigned shared_address, const void* source, unsigned bytes, unsigned barrier) {
+    asm volatile(
+        "{\n.reg .b64 policy;\n"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}\n" ::"r"(
+            shared_address),
+        "l"(source), "r"(bytes), "r"(barrier)
+        : "memory");
+}
+
+// The address, in the block of rank `rank`, of what lies at `address` here.
+DEVICE unsigned address_in(unsigned address, unsigned rank) {
+    unsigned remote;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+
+// 16 or 4 bytes into a block of the cluster; its barrier there counts them.
+DEVICE void send_16(unsigned address, uint4 v, unsigned barrier) {
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+        "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
+        : "memory");
+}
+DEVICE void send_4(unsigned address, unsigned v, unsigned barrier) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(v),
+                 "r"(barrier)
+                 : "memory");
+}
+
+// ---- words in global memory that other blocks wait for ----
+
+DEVICE Word make_word(unsigned value, unsigned number) { return static_cast<Word>(number) << 32 | value; }
+DEVICE unsigned word_value(Word word) { return static_cast<unsigned>(word); }
+DEVICE unsigned word_number(Word word) { return static_cast<unsigned>(word >> 32); }
+
+DEVICE void store_word(Word* address, Word word) {
+    asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(address), "l"(word) : "memory");
+}
+DEVICE Word load_word(const Word* address) {
+    Word word;
+    asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(word) : "l"(address) : "memory");
+    return word;
+}
+DEVICE void store_words(Word* address, Word first, Word second) {
+    asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(address), "l"(first), "l"(second) : "memory");
+}
+DEVICE void load_words(const Word* address, Word& first, Word& second) {
+    asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(address) : "memory");
+}
+DEVICE unsigned load_flag(const unsigned* address) {
+    unsigned value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+DEVICE void store_flag(unsigned* address, unsigned value) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+template <> DEVICE void store_shared<unsigned short>(unsigned address, unsigned short v) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
+}
+
+// A counter in shared memory that another warp of the block watches: what this thread read before, it has read.
+DEVICE void store_release(unsigned address, unsigned value) {
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+DEVICE unsigned load_acquire(unsigned address) {
+    unsigned value;
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
+DEVICE bool all_lanes(bool predicate) { return __all_sync(0xffffffffu, predicate); }
+// The compiler forgets where this value comes from, so that what is derived from it is not kept in registers over a loop.
+DEVICE void forget(unsigned& value) { asm volatile("" : "+r"(value)); }
+DEVICE void forget(int& value) { asm volatile("" : "+r"(value)); }
+
+DEVICE long long clock_cycles() { return clock64(); }
+DEVICE void pause() {}  // a thread that waits lets others run: nothing to do on a GPU
+
+#endif
+
+// ---- spins that end ----
+
+#ifndef SPIN_LIMIT_CYCLES
+#define SPIN_LIMIT_CYCLES 40000000  // about 20 ms: a thousand times what a whole token takes
+#endif
+
+// Where a spin that gives up leaves its mark.
+struct Watch {
+    unsigned* error;      // global word of the launch, 0 while all is well
+    unsigned dead;        // shared word of the block: 1 once a wait of the launch has given up
+
+    DEVICE bool is_dead() const { return load_shared<unsigned>(dead) != 0; }
+
+    DEVICE void give_up(unsigned code) const {
+        store_shared<unsigned>(dead, 1u);
+        if (lane_index() == 0 && load_flag(error) == 0) store_flag(error, code);
+    }
+};
+
+// Waits until ready() holds in every lane of the warp, or the launch is given up. `code` names the wait.
+template <typename Ready> DEVICE void spin_until(const Watch& watch, unsigned code, Ready ready) {
+    if (all_lanes(ready())) return;
+    if (all_lanes(watch.is_dead())) return;
+    const long long start = clock_cycles();
+    for (unsigned turn = 1;; ++turn) {
+        pause();
+        if (all_lanes(ready())) return;
+        if (turn % 64 != 0) continue;
+        const bool over = watch.is_dead() || clock_cycles() - start > SPIN_LIMIT_CYCLES || load_flag(watch.error) != 0;
+        if (!all_lanes(!over)) return watch.give_up(code);
+    }
+}

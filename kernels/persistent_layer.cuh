@@ -1,0 +1,334 @@
+// One decoder layer for one new token, by a whole grid that stays: five exchanges inside the clusters, and two sums of the
+// residual stream over them. The order of every sum is fixed.
+#pragma once
+
+#include "persistent_attention.cuh"
+
+// What does not change during a launch.
+struct LayerParams {
+    const void* stream;   // weights of block b from b * stream_bytes on, in the order of use
+    const float* gains;   // (layers + 1, 2, HIDDEN): input norm and post-attention norm of each layer; the final norm
+    const float* head_gains;  // (layers, 2, HEAD_DIM): queries, keys
+    const float2* rope;       // (positions, HEAD_DIM / 2): cosine, sine
+    void* keys;               // (layers, ..., capacity, KV_HEADS, HEAD_DIM) Element, at the slot
+    void* values;
+    Word* words;      // (2, CLUSTERS, HIDDEN) zeroed before the launch: partial sums on their way to the other clusters
+    unsigned* error;  // zeroed before the launch
+    long long stream_bytes;
+    long long layer_elements;  // from one layer's keys to the next's
+    int layers;
+    float epsilon;
+};
+
+// A thread's part in a launch.
+struct Worker {
+    const LayerParams& p;
+    unsigned base;
+    const int cluster;
+    int rank;
+    const Tiles qkv, hidden, gated;
+    const Place place;
+    Ring ring;
+    Exchange exchange;
+    float residual = 0.0f;  // of this lane's row, in the warps that finish the residual stream
+    int position = 0;       // of the new token
+    unsigned number = 0;    // of layers so far in the launch, from 1
+
+    DEVICE Worker(const LayerParams& params, unsigned shared, int cluster_, int rank_, Watch watch)
+        : p(params), base(shared), cluster(cluster_), rank(rank_), qkv(tiles_of(QKV_TILES, rank_)),
+          hidden(tiles_of(HIDDEN_TILES, rank_)), gated(tiles_of(GATED_TILES, rank_)), place(rank_),
+          ring{shared, watch, {}}, exchange{shared, watch} {}
+
+    DEVICE void sync() const { sync_named(1, CONSUMERS); }
+
+    // ---- the residual stream: warps 0, 1, ... own 32 rows of this rank each ----
+
+    static constexpr int OWN_TILES = most_of_rank(HIDDEN_TILES);
+    DEVICE bool owns() const { return warp_index() * 2 < hidden.count(); }
+    DEVICE int own_row() const { return warp_index() * 32 + lane_index(); }  // of this rank
+    DEVICE bool owns_row() const { return own_row() < hidden.count() * TILE; }
+    DEVICE int row() const { return hidden.begin * TILE + own_row(); }  // of the model
+    DEVICE const float* gain(int norm) const { return p.gains + norm * HIDDEN + row(); }
+
+    // Sends this warp's rows of the residual stream, times the next norm's gain, to the cluster.
+    DEVICE void publish_residual(int exchange_of_rows, int exchange_of_sums, float next_gain) {
+        const int lane = lane_index();
+        const float scaled = residual * next_gain * NORM_SCALE;
+        const unsigned word = pack2(shuffle(scaled, lane * 2 % 32), shuffle(scaled, (lane * 2 + 1) % 32));
+        const int unit = lane % 4;  // of 8 rows
+        uint4 v;
+        v.x = shuffle(word, unit * 4), v.y = shuffle(word, unit * 4 + 1);
+        v.z = shuffle(word, unit * 4 + 2), v.w = shuffle(word, unit * 4 + 3);
+        const int tiles = min(hidden.count() - warp_index() * 2, 2), first = hidden.begin + warp_index() * 2;
+        if (unit < tiles * 2) {
+#pragma unroll
+            for (int to = lane / 4; to < RECEIVERS; to += 8)
+                exchange.send(exchange_of_rows, first * 32 + unit * 16, to, v);
+        }
+        float square = owns_row() ? residual * residual : 0.0f;
+#pragma unroll
+        for (int mask = 1; mask < 16; mask *= 2) square += shuffle_xor(square, mask);
+        const int tile = lane / 16;
+        if (tile < tiles) {
+#pragma unroll
+            for (int to = lane % 16; to < RECEIVERS; to += 16)
+                exchange.send(exchange_of_sums, (first + tile) * 4, to, square);
+        }
+    }
+
+    // Adds a product's rows, summed over the clusters in their order, to the residual stream.
+    DEVICE void add_to_residual(int which) {
+        const float mine = owns_row() ? row_sum(base, own_row()) : 0.0f;
+        if constexpr (CLUSTERS == 1) {
+            residual += mine;
+            return;
+        }
+        Word* words = p.words + which * CLUSTERS * HIDDEN + row();
+        if (owns_row()) store_word(words + cluster * HIDDEN, make_word(__float_as_uint(mine), number));
+        Word heard[CLUSTERS];
+        const unsigned expected = number;
+        spin_until(ring.watch, 8 + which, [&] {
+            bool all = true;
+#pragma unroll
+            for (int c = 0; c < CLUSTERS; ++c) {
+                if (c == cluster || !owns_row()) continue;
+                heard[c] = load_word(words + c * HIDDEN);
+                all = all && word_number(heard[c]) == expected;
+            }
+            return all;
+        });
+        float sum = 0.0f;
+#pragma unroll
+        for (int c = 0; c < CLUSTERS; ++c) sum += c == cluster ? mine : __uint_as_float(word_value(heard[c]));
+        residual += sum;
+    }
+
+    // ---- the stages ----
+
+    // The angles of a new token's position; a barrier of the block follows before they are read.
+    DEVICE void begin_token(int position_) {
+        position = position_;
+        const int pair = threadIdx.x;
+        if (pair >= HEAD_DIM / 2) return;
+        const float2 angle = load_global<float2>(p.rope + static_cast<long long>(position) * (HEAD_DIM / 2) + pair);
+        store_shared<float>(base + ANGLES_AT + pair * 4, angle.x);
+        store_shared<float>(base + ANGLES_AT + (HEAD_DIM / 2 + pair) * 4, angle.y);
+    }
+
+    // The gains of this layer's heads, on their way while the first product is made.
+    DEVICE void fetch_gains(int layer) const {
+        const int piece = threadIdx.x - (CONSUMERS - HEAD_DIM / 2);  // of 16 bytes: the last threads, which own no rows
+        if (piece >= 0) {
+            const float* from = p.head_gains + layer * 2 * HEAD_DIM + piece * 4;
+            copy_async_16(base + GAINS_AT + piece * 16, from, true);
+        }
+        copy_async_commit();
+    }
+
+    // Queries, keys and values of the cluster's heads.
+    DEVICE void project_qkv() {
+        exchange.await(EX_HIDDEN);
+        multiply<most_of_rank(QKV_TILES), HIDDEN_STEPS>(ring, qkv.count(), exchange.at(EX_HIDDEN), 0);
+        exchange.await(EX_SUMS);
+        const float factor = norm_factor(exchange.at(EX_SUMS), p.epsilon);
+        copy_async_wait<0>();
+        sync();
+#pragma unroll
+        for (int first = 0; first < most_of_rank(QKV_TILES) * 4; first += 8) {
+            const int unit = first + lane_index() % 8, to = warp_index() * 4 + lane_index() / 8;
+            if (unit >= qkv.count() * 4 || to >= RECEIVERS) continue;
+            float4 v = row_sums(base, unit * 4);
+            v.x *= factor, v.y *= factor, v.z *= factor, v.w *= factor;
+            const uint4 bits = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z),
+                                          __float_as_uint(v.w));
+            exchange.send(EX_QKV, qkv.begin * TILE * 4 + unit * 16, to, bits);
+        }
+    }
+
+    // This rank's share of the attention: its keys, its dimensions of the values.
+    DEVICE void attend(int layer, const Keys& keys) {
+        exchange.await(EX_QKV);
+        const unsigned raw = exchange.at(EX_QKV);
+        HeadLanes query;
+        query.load(raw + place.head * HEAD_DIM * 4);
+        query.finish(base + GAINS_AT, base + ANGLES_AT, p.epsilon, 1.44269504f / sqrtf(static_cast<float>(HEAD_DIM)));
+        Share share;
+        keys.attend(query, share);
+        if (position % PARTS == place.part && position / PARTS % GROUPS / 4 == warp_index())
+            attend_newest(layer, query, share);
+        share.merge_groups();
+        const unsigned at = base + SHARE_AT + warp_index() * OUT_STRIDE * 4;
+#pragma unroll
+        for (int i = 0; i < LAST_DIMS; ++i) store_shared<float>(at + (Share::first_dim() + i) * 4, share.values[i]);
+        if (lane_index() == 0) store_shared<float2>(at + OUT_DIMS * 4, make_float2(share.maximum, share.sum));
+        sync();
+        send_share();
+    }
+
+    // The new token's own key and value, from the exchange; they are also stored for the tokens to come.
+    DEVICE void attend_newest(int layer, const HeadLanes& query, Share& share) {
+        const int lane = lane_index();
+        HeadLanes key;
+        key.load(exchange.at(EX_QKV) + (Q_ROWS + place.kv * HEAD_DIM) * 4);
+        key.finish(base + GAINS_AT + HEAD_DIM * 4, base + ANGLES_AT, p.epsilon, 1.0f);
+        KeyValue pair;
+#pragma unroll
+        for (int i = 0; i < HALF_LANE; i += 2) {
+            pair.low.words[i / 2] = pack2(key.low[i], key.low[i + 1]);
+            pair.high.words[i / 2] = pack2(key.high[i], key.high[i + 1]);
+        }
+        const unsigned raw = exchange.at(EX_QKV) + (Q_ROWS + KV_ROWS + place.kv * HEAD_DIM) * 4;
+        const int first = place.dims * OUT_DIMS + lane % 8 * VALUE_DIMS;
+#pragma unroll
+        for (int i = 0; i < VALUE_DIMS; i += 2) {
+            const float2 v = load_shared<float2>(raw + (first + i) * 4);
+            pair.value.words[i / 2] = pack2(v.x, v.y);
+        }
+        const float score = pair.score(query);
+        if (position / PARTS % GROUPS % 4 != lane / 8) return;
+        share.add(score, pair.value);
+        const int head = LOCAL_HEADS < GROUP ? cluster * LOCAL_HEADS / GROUP : cluster * LOCAL_KV + place.kv;
+        const long long at = layer * p.layer_elements + static_cast<long long>(position) * Keys::TOKEN + head * HEAD_DIM;
+        Element* keys = static_cast<Element*>(p.keys) + at;
+        pair.low.store(keys + lane % 8 * HALF_LANE);
+        pair.high.store(keys + HEAD_DIM / 2 + lane % 8 * HALF_LANE);
+        pair.value.store(static_cast<Element*>(p.values) + at + first);
+    }
+
+    // Adds the warps' shares and sends the sum to the cluster: each thread four dimensions.
+    DEVICE void send_share() {
+        constexpr int UNITS = OUT_DIMS / 4;
+        float maxima[WARPS], largest = NO_SCORE, sum = 0.0f;
+        const unsigned at = base + SHARE_AT;
+        const int unit = threadIdx.x % UNITS;
+        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (threadIdx.x / UNITS >= RECEIVERS && threadIdx.x >= 32) return;
+        float sums[WARPS];
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const float2 state = load_shared<float2>(at + (w * OUT_STRIDE + OUT_DIMS) * 4);
+            maxima[w] = state.x, sums[w] = state.y;
+            largest = fmaxf(largest, maxima[w]);
+        }
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) {
+            const float weight = exp2_fast(maxima[w] - largest);
+            const float4 part = load_shared<float4>(at + (w * OUT_STRIDE + unit * 4) * 4);
+            sum += weight * sums[w];
+            v.x += weight * part.x, v.y += weight * part.y, v.z += weight * part.z, v.w += weight * part.w;
+        }
+        const uint4 bits = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z),
+                                      __float_as_uint(v.w));
+        const unsigned to_share = rank * OUT_STRIDE * 4;
+#pragma unroll
+        for (int to = threadIdx.x / UNITS; to < RECEIVERS; to += CONSUMERS / UNITS)
+            exchange.send(EX_ATTENDED, to_share + unit * 16, to, bits);
+        if (threadIdx.x >= 32) return;
+        const uint4 state = make_uint4(__float_as_uint(largest), __float_as_uint(sum), 0u, 0u);
+#pragma unroll
+        for (int to = threadIdx.x; to < RECEIVERS; to += 32)
+            exchange.send(EX_ATTENDED, to_share + OUT_DIMS * 4, to, state);
+    }
+
+    // The shares of a head together: this warp's part of the attended vector, which is what its products need.
+    DEVICE void merge_shares() const {
+        const int begin = ATTENDED_STEPS * warp_index() / WARPS * TILE;
+        const int end = ATTENDED_STEPS * (warp_index() + 1) / WARPS * TILE;
+#pragma unroll 1
+        for (int dim = begin + lane_index(); dim < end; dim += 32) {
+            const int head = dim / HEAD_DIM, dims = dim % HEAD_DIM / OUT_DIMS;
+            const unsigned at = exchange.at(EX_ATTENDED) + (head * RANKS_OF_HEAD + dims) * OUT_STRIDE * 4;
+            float2 states[PARTS];
+            float values[PARTS], largest = NO_SCORE;
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) {
+                const unsigned share = at + i * DIM_PARTS * OUT_STRIDE * 4;
+                states[i] = load_shared<float2>(share + OUT_DIMS * 4);
+                values[i] = load_shared<float>(share + dim % OUT_DIMS * 4);
+                largest = fmaxf(largest, states[i].x);
+            }
+            float sum = 0.0f, value = 0.0f;
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) {
+                const float weight = exp2_fast(states[i].x - largest);
+                sum += weight * states[i].y;
+                value += weight * values[i];
+            }
+            store_shared<Element>(base + ATTENDED_AT + dim * 2, from_float(value / sum));
+        }
+        sync_warp();
+    }
+
+    // The attended vector's product joins the residual stream. norm: the next one's index in the gains.
+    DEVICE void project_attended(int norm) {
+        const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
+        exchange.await(EX_ATTENDED);
+        merge_shares();
+        multiply<OWN_TILES, ATTENDED_STEPS>(ring, hidden.count(), base + ATTENDED_AT, 0);
+        sync();
+        if (!owns()) return;
+        add_to_residual(0);
+        publish_residual(EX_AFTER, EX_SUMS_AFTER, next_gain);
+    }
+
+    // Gate and up, and their product of SiLU: 8 channels of each tile.
+    DEVICE void gate_and_up() {
+        exchange.await(EX_AFTER);
+#pragma unroll
+        for (int pass = 0; pass < GATED_PASSES; ++pass) {
+            const Tiles tiles = tiles_of_pass(gated, pass);
+            multiply<(GATED_MOST + GATED_PASSES - 1) / GATED_PASSES, HIDDEN_STEPS>(
+                ring, tiles.count(), exchange.at(EX_AFTER), (tiles.begin - gated.begin) * TILE);
+        }
+        exchange.await(EX_SUMS_AFTER);
+        const float factor = norm_factor(exchange.at(EX_SUMS_AFTER), p.epsilon);
+        sync();
+#pragma unroll 1
+        for (int tile = warp_index(); tile < gated.count(); tile += WARPS) {
+            const int lane = lane_index();
+            const float gate = row_sum(base, tile * TILE + lane % 8) * factor;
+            const float up = row_sum(base, tile * TILE + 8 + lane % 8) * factor;
+            const float value = gate / (1.0f + exp2_fast(gate * -1.44269504f)) * up;
+            const unsigned word = pack2(shuffle(value, lane * 2 % 8), shuffle(value, (lane * 2 + 1) % 8));
+            uint4 v;
+            v.x = shuffle(word, 0), v.y = shuffle(word, 1), v.z = shuffle(word, 2), v.w = shuffle(word, 3);
+#pragma unroll
+            for (int to = lane; to < RECEIVERS; to += 32) exchange.send(EX_GATED, (gated.begin + tile) * 16, to, v);
+        }
+    }
+
+    DEVICE void project_gated(int norm) {
+        const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
+        exchange.await(EX_GATED);
+        multiply<OWN_TILES, GATED_STEPS>(ring, hidden.count(), exchange.at(EX_GATED), 0);
+        sync();
+        if (!owns()) return;
+        add_to_residual(1);
+        publish_residual(EX_HIDDEN, EX_SUMS, next_gain);
+    }
+
+    // What follows from a few numbers is computed again in each layer: registers are for weights and keys.
+    DEVICE void forget_addresses() {
+        forget(base);
+        forget(rank);
+        ring.base = exchange.base = base;
+        ring.watch.dead = exchange.watch.dead = base + DEAD_AT;
+    }
+
+    // A layer, from the exchange of its input to that of the next one's.
+    DEVICE void layer(int index) {
+        ++number;
+        forget_addresses();
+        fetch_gains(index);
+        const int head = LOCAL_HEADS < GROUP ? cluster * LOCAL_HEADS / GROUP : cluster * LOCAL_KV + place.kv;
+        const long long at = index * p.layer_elements + head * HEAD_DIM;
+        Keys keys;
+        keys.begin(static_cast<const Element*>(p.keys) + at,
+                   static_cast<const Element*>(p.values) + at + place.dims * OUT_DIMS, place.part, position);
+        project_qkv();
+        attend(index, keys);
+        project_attended(index * 2 + 1);
+        gate_and_up();
+        project_gated(index * 2 + 2);
+    }
+};

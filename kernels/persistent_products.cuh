@@ -1,0 +1,82 @@
+// The products of a layer by m16n8k16 instructions whose left operand is the weights. Each warp sums its share of the depth
+// for all tiles of the rank; the warps' partial sums meet in shared memory and are added in their order.
+#pragma once
+
+#include "persistent_stream.cuh"
+
+constexpr int LOADS = 20;  // blocks that a warp has in flight
+
+// Partial sums of `tiles` tiles over DEPTH k-steps of the vector (Element, in shared memory) into PARTIAL_AT, from row
+// `first_row` on. TILES: the most that a rank has. There are no branches inside: a rank that has fewer tiles multiplies its
+// last one again, a warp that has fewer steps multiplies its last one by zeros.
+template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsigned vector, int first_row) {
+    constexpr int MOST = (DEPTH + WARPS - 1) / WARPS;
+    constexpr int BATCHES = (MOST * TILES + LOADS - 1) / LOADS;
+    constexpr int BATCH = (MOST + BATCHES - 1) / BATCHES;
+    const int warp = warp_index(), lane = lane_index();
+    const int begin = DEPTH * warp / WARPS, end = DEPTH * (warp + 1) / WARPS;
+    if (tiles > 0) {
+        ring.await(begin * tiles, end * tiles);
+        float sums[TILES][4] = {};
+#pragma unroll 1
+        for (int k = begin; k < end; k += BATCH) {
+            uint4 weights[BATCH][TILES];
+            unsigned low[BATCH], high[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+                const bool more = DEPTH % (WARPS * BATCH) == 0 || k + i < end;
+                const int step = more ? k + i : end - 1;
+                const unsigned at = vector + step * 32 + lane % 4 * 4;
+                low[i] = load_shared<unsigned>(at);
+                high[i] = load_shared<unsigned>(at + 16);
+                if (!more) low[i] = high[i] = 0u;
+#pragma unroll
+                for (int t = 0; t < TILES; ++t) weights[i][t] = ring.block(step * tiles + min(t, tiles - 1));
+            }
+#pragma unroll
+            for (int i = 0; i < BATCH; ++i) {
+#pragma unroll
+                for (int t = 0; t < TILES; ++t) {
+                    const unsigned a[4] = {weights[i][t].x, weights[i][t].y, weights[i][t].z, weights[i][t].w};
+                    mma_16x8x16(sums[t], a, low[i], high[i]);
+                }
+            }
+        }
+        // Column 0 of the result: rows g and g + 8 in the lanes whose t is 0.
+        const unsigned at = ring.base + PARTIAL_AT + (warp * MOST_TILES * TILE + first_row + lane / 4) * 4;
+        if (lane % 4 == 0) {
+#pragma unroll
+            for (int t = 0; t < TILES; ++t) {
+                if (t >= tiles) break;
+                store_shared<float>(at + t * TILE * 4, sums[t][0]);
+                store_shared<float>(at + (t * TILE + 8) * 4, sums[t][2]);
+            }
+        }
+    }
+    ring.done(DEPTH * tiles);
+}
+
+// One row of the product, or four neighbouring rows: the warps' partial sums in their order.
+DEVICE float row_sum(unsigned base, int row) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) sum += load_shared<float>(base + PARTIAL_AT + (w * MOST_TILES * TILE + row) * 4);
+    return sum;
+}
+DEVICE float4 row_sums(unsigned base, int row) {
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int w = 0; w < WARPS; ++w) {
+        const float4 part = load_shared<float4>(base + PARTIAL_AT + (w * MOST_TILES * TILE + row) * 4);
+        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
+    return sum;
+}
+
+// The 1 / (NORM_SCALE rms) of the residual stream, from the sums of squares of its tiles.
+DEVICE float norm_factor(unsigned sums, float epsilon) {
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < HIDDEN_TILES; ++i) total += load_shared<float>(sums + 4 * i);
+    return inverse_sqrt(total * (1.0f / HIDDEN) + epsilon) * (1.0f / NORM_SCALE);
+}

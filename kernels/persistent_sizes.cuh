@@ -1,0 +1,99 @@
+// Sizes of a model that stays on the GPU for many tokens, and who computes what.
+//
+// CLUSTERS clusters of RANKS blocks. A cluster holds HEADS / CLUSTERS query heads with their keys and values, and as many
+// of the MLP's channels; its ranks share the features of each product, whole tiles of 16, and each rank's eight warps share
+// the depth. Inside a cluster results travel through shared memory; the residual stream alone is summed over clusters.
+//
+// -D: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS (padded to 16 CLUSTERS), CLUSTERS, RANKS, DIM_PARTS, RING_SLOTS, and the dtype.
+#pragma once
+
+constexpr int WARPS = 8;  // that compute; one more streams the weights
+constexpr int CONSUMERS = WARPS * 32;
+constexpr int THREADS = CONSUMERS + 32;
+constexpr int TILE = 16;
+constexpr int BLOCK_BYTES = 512;  // 16 x 16 weights in the order of linear_params.cuh
+constexpr int CHUNK_BYTES = 8192;
+constexpr int CHUNK_BLOCKS = CHUNK_BYTES / BLOCK_BYTES;
+
+constexpr int LOCAL_HEADS = HEADS / CLUSTERS;
+constexpr int GROUP = HEADS / KV_HEADS;
+constexpr int LOCAL_KV = LOCAL_HEADS < GROUP ? 1 : LOCAL_HEADS / GROUP;
+constexpr int Q_ROWS = LOCAL_HEADS * HEAD_DIM;
+constexpr int KV_ROWS = LOCAL_KV * HEAD_DIM;
+constexpr int QKV_ROWS = Q_ROWS + 2 * KV_ROWS;
+constexpr int LOCAL_CHANNELS = CHANNELS / CLUSTERS;
+
+// Tiles of 16 features that a cluster's ranks share, and k-steps of 16 that a product sums over.
+constexpr int HIDDEN_TILES = HIDDEN / TILE;
+constexpr int QKV_TILES = QKV_ROWS / TILE;
+constexpr int GATED_TILES = LOCAL_CHANNELS / 8;  // 8 gate and 8 up channels each
+constexpr int HIDDEN_STEPS = HIDDEN / TILE;
+constexpr int ATTENDED_STEPS = Q_ROWS / TILE;
+constexpr int GATED_STEPS = LOCAL_CHANNELS / TILE;
+
+constexpr int most_of_rank(int tiles) { return (tiles + RANKS - 1) / RANKS; }
+constexpr int GATED_MOST = most_of_rank(GATED_TILES);
+constexpr int PASS_TILES = 6;  // of the gate and up product that one pass through the ring takes
+constexpr int GATED_PASSES = (GATED_MOST + PASS_TILES - 1) / PASS_TILES;
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+constexpr int MOST_TILES = larger(GATED_MOST, larger(most_of_rank(QKV_TILES), most_of_rank(HIDDEN_TILES)));
+
+// Attention: the ranks of a head are PARTS shares of the keys times DIM_PARTS shares of the values' dimensions.
+constexpr int RANKS_OF_HEAD = RANKS / LOCAL_HEADS;
+constexpr int PARTS = RANKS_OF_HEAD / DIM_PARTS;
+constexpr int OUT_DIMS = HEAD_DIM / DIM_PARTS;
+constexpr int OUT_STRIDE = OUT_DIMS + 4;  // floats: the output of a share, its maximum and its sum
+
+static_assert(HEADS % CLUSTERS == 0 && (LOCAL_HEADS % GROUP == 0 || GROUP % LOCAL_HEADS == 0), "heads of a cluster");
+static_assert(RANKS % LOCAL_HEADS == 0 && RANKS_OF_HEAD % DIM_PARTS == 0 && PARTS >= 1, "ranks of a head");
+static_assert(HIDDEN % 16 == 0 && HEAD_DIM % 32 == 0 && CHANNELS % (16 * CLUSTERS) == 0, "whole tiles");
+static_assert(OUT_DIMS % 32 == 0, "each lane ends with whole dimensions");
+static_assert(GATED_TILES >= RANKS, "every rank has channels: what keeps a fast rank from running a layer ahead");
+
+// A rank's tiles of a product: [begin, end).
+struct Tiles {
+    int begin, end;
+    DEVICE int count() const { return end - begin; }
+};
+DEVICE Tiles tiles_of(int tiles, int rank) { return {tiles * rank / RANKS, tiles * (rank + 1) / RANKS}; }
+DEVICE Tiles tiles_of_pass(Tiles all, int pass) {
+    return {all.begin + all.count() * pass / GATED_PASSES, all.begin + all.count() * (pass + 1) / GATED_PASSES};
+}
+constexpr int chunks_of(int blocks) { return (blocks + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS; }
+static_assert(chunks_of(most_of_rank(HIDDEN_TILES) * GATED_STEPS) <= RING_SLOTS &&
+                  chunks_of(most_of_rank(QKV_TILES) * HIDDEN_STEPS) <= RING_SLOTS &&
+                  chunks_of(most_of_rank(HIDDEN_TILES) * ATTENDED_STEPS) <= RING_SLOTS &&
+                  chunks_of(PASS_TILES * HIDDEN_STEPS) <= RING_SLOTS,
+              "the ring holds a product");
+
+// ---- shared memory, bytes from its base ----
+
+constexpr int EX_QKV = 0, EX_ATTENDED = 1, EX_HIDDEN = 2, EX_AFTER = 3, EX_GATED = 4, EX_SUMS = 5, EX_SUMS_AFTER = 6;
+constexpr int EXCHANGES = 7;
+
+constexpr unsigned exchange_bytes(int exchange) {
+    return exchange == EX_QKV        ? QKV_ROWS * 4
+           : exchange == EX_ATTENDED ? RANKS * OUT_STRIDE * 4
+           : exchange == EX_GATED    ? LOCAL_CHANNELS * 2
+           : exchange < EX_GATED     ? HIDDEN * 2
+                                     : HIDDEN_TILES * 4;
+}
+constexpr unsigned aligned_16(unsigned bytes) { return (bytes + 15) / 16 * 16; }
+constexpr unsigned RING_AT = 0;
+constexpr unsigned exchange_at(int exchange) {
+    unsigned at = RING_SLOTS * CHUNK_BYTES;
+    for (int i = 0; i < exchange; ++i) at += aligned_16(exchange_bytes(i));
+    return at;
+}
+constexpr unsigned PARTIAL_AT = exchange_at(EXCHANGES);                             // (WARPS, MOST_TILES * 16) float
+constexpr unsigned SHARE_AT = PARTIAL_AT + WARPS * MOST_TILES * TILE * 4;          // (WARPS, OUT_STRIDE) float
+constexpr unsigned ATTENDED_AT = SHARE_AT + WARPS * OUT_STRIDE * 4;                // (Q_ROWS,) Element
+constexpr unsigned GAINS_AT = aligned_16(ATTENDED_AT + Q_ROWS * 2);                // (2, HEAD_DIM) float of the layer
+constexpr unsigned ANGLES_AT = GAINS_AT + 2 * HEAD_DIM * 4;                        // (2, HEAD_DIM / 2) float: cosines, sines
+constexpr unsigned BARRIERS_AT = ANGLES_AT + HEAD_DIM * 4;                         // see below
+constexpr unsigned CONSUMED_AT = BARRIERS_AT + 8 * (RING_SLOTS + EXCHANGES);         // (WARPS,) products that a warp has read
+constexpr unsigned DEAD_AT = CONSUMED_AT + 4 * WARPS;
+constexpr unsigned SHARED_END = DEAD_AT + 16;
+
+constexpr unsigned full_barrier(int slot) { return BARRIERS_AT + 8 * slot; }
+constexpr unsigned exchange_barrier(int exchange) { return BARRIERS_AT + 8 * (RING_SLOTS + exchange); }

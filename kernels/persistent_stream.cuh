@@ -1,0 +1,113 @@
+// The weights of a block as one stream through a ring in shared memory. One warp copies it in chunks, as far ahead of the
+// arithmetic as the ring is long; every product begins at a chunk and, inside it, block (k, tile) lies at k * tiles + tile,
+// so that a warp's share of the depth is one run.
+#pragma once
+
+#include "persistent_device.cuh"
+#include "persistent_sizes.cuh"
+
+// A chunk's place in the ring and the parity of its arrival.
+struct Chunk {
+    int slot = 0;
+    unsigned parity = 0;
+
+    DEVICE void advance(int chunks) {  // at most RING_SLOTS
+        slot += chunks;
+        if (slot >= RING_SLOTS) {
+            slot -= RING_SLOTS;
+            parity ^= 1u;
+        }
+    }
+};
+
+// The reading end, one for each thread that computes.
+struct Ring {
+    unsigned base;  // of the shared memory
+    Watch watch;
+    Chunk first;            // of the product that comes next
+    unsigned products = 0;  // that this warp has read
+
+    // Waits for the chunks that hold blocks [begin, end) of the product.
+    DEVICE void await(int begin, int end) const {
+        if (begin >= end) return;
+        for (int i = begin / CHUNK_BLOCKS; i <= (end - 1) / CHUNK_BLOCKS; ++i) {
+            Chunk chunk = first;
+            chunk.advance(i);
+            const unsigned barrier = base + full_barrier(chunk.slot);
+            spin_until(watch, 1, [=] { return barrier_done(barrier, chunk.parity); });
+        }
+    }
+
+    // This lane's words of a block of the product.
+    DEVICE uint4 block(int index) const {
+        unsigned at = first.slot * CHUNK_BYTES + index * BLOCK_BYTES;
+        if (at >= RING_SLOTS * CHUNK_BYTES) at -= RING_SLOTS * CHUNK_BYTES;
+        return load_shared<uint4>(base + RING_AT + at + lane_index() * 16);
+    }
+
+    // This warp has read its part of a product of `blocks` blocks.
+    DEVICE void done(int blocks) {
+        sync_warp();
+        ++products;
+        if (lane_index() == 0) store_release(base + CONSUMED_AT + warp_index() * 4, products);
+        first.advance(chunks_of(blocks));
+    }
+};
+
+// Blocks of each product of a layer, in their order; the tiles are those of a rank.
+struct LayerBlocks {
+    Tiles qkv, hidden, gated;
+
+    DEVICE explicit LayerBlocks(int rank)
+        : qkv(tiles_of(QKV_TILES, rank)), hidden(tiles_of(HIDDEN_TILES, rank)), gated(tiles_of(GATED_TILES, rank)) {}
+
+    static constexpr int PRODUCTS = 3 + GATED_PASSES;  // QKV, O, the passes of gate and up, down
+    DEVICE int blocks(int product) const {
+        if (product == 0) return qkv.count() * HIDDEN_STEPS;
+        if (product == 1) return hidden.count() * ATTENDED_STEPS;
+        if (product == PRODUCTS - 1) return hidden.count() * GATED_STEPS;
+        return tiles_of_pass(gated, product - 2).count() * HIDDEN_STEPS;
+    }
+};
+
+// The writing end: one warp.
+struct Streamer {
+    unsigned base;
+    Watch watch;
+    const char* stream;  // of this block, whole chunks
+    Chunk next;          // place of the copy that comes next
+    int room = RING_SLOTS;
+    int copies = 0;
+    unsigned products = 0;  // whose room has been taken back
+
+    DEVICE void copy(int chunk) {
+        if (lane_index() == 0) {
+            const unsigned barrier = base + full_barrier(next.slot);
+            barrier_expect(barrier, CHUNK_BYTES);
+            copy_bulk(base + RING_AT + next.slot * CHUNK_BYTES, stream + static_cast<long long>(chunk) * CHUNK_BYTES,
+                      CHUNK_BYTES, barrier);
+        }
+        next.advance(1);
+        --room;
+        copies = min(copies + 1, RING_SLOTS);
+    }
+
+    // Waits until all warps have read the product that comes next in the order of consumption.
+    DEVICE void await_consumption(int chunks) {
+        const unsigned counter = base + CONSUMED_AT + lane_index() % WARPS * 4, before = products;
+        spin_until(watch, 2, [=] { return static_cast<int>(load_acquire(counter) - before) > 0; });
+        ++products;
+        room += chunks;
+    }
+
+    // Waits until no copy is under way: the block's memory must outlive them. They depend on nobody, so this ends.
+    DEVICE void drain() const {
+        Chunk chunk = next;
+        chunk.advance(RING_SLOTS - copies);
+        chunk.parity ^= 1u;  // one round before
+        for (int i = 0; i < copies; ++i) {
+            while (!barrier_done(base + full_barrier(chunk.slot), chunk.parity)) pause();
+            chunk.advance(1);
+        }
+    }
+};
