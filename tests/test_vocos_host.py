@@ -20,7 +20,7 @@ from soprano_cupy.audio import to_pcm16
 from soprano_cupy.checkpoint import decoder_config, open_decoder
 from soprano_cupy.config import DecoderConfig
 from soprano_cupy.errors import DeviceError, ParameterError
-from soprano_cupy.gpu import vocos, vocos_slices
+from soprano_cupy.gpu import program, vocos, vocos_slices
 from soprano_cupy.gpu.vocos import GpuDecoder
 from soprano_cupy.gpu.vocos_slices import row_class
 from soprano_cupy.portable.vocos import PortableDecoder
@@ -204,7 +204,7 @@ def test_programs_are_planned_once(decoder: GpuDecoder, standin: Any) -> None:
 def test_what_the_engine_cannot_run(folder: Path, standin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert vocos.decoder_problem(CONFIG, "cuda:0") is None
     assert "dim 44" in (vocos.decoder_problem(dataclasses.replace(CONFIG, dim=44), "cuda:0") or "")
-    monkeypatch.setattr(vocos, "driver_problem", lambda: "no driver")
+    monkeypatch.setattr(program, "driver_problem", lambda: "no driver")
     assert vocos.decoder_problem(CONFIG, "cuda:0") == "no driver"
     with open_decoder(folder) as file, pytest.raises(DeviceError, match="no driver; choose dtype float32"):
         GpuDecoder(file, CONFIG, "cuda:0", "test")

@@ -18,7 +18,7 @@ from emulation import build
 from vocos_machine import product
 
 from soprano_cupy.cuda.module import DeviceFacts
-from soprano_cupy.gpu import vocos, vocos_slices, vocos_stream, vocos_upload
+from soprano_cupy.gpu import program, vocos, vocos_slices, vocos_stream
 from soprano_cupy.gpu.launch import Blocks, Launch, Symbol
 from soprano_cupy.gpu.linear import End, LinearRequest
 
@@ -99,10 +99,12 @@ class StandIn:
             "pack_linear": lambda array, xp: array,
             "module_of": lambda array: None if isinstance(array, DeviceArray) else np,
         }
-        for module in (vocos, vocos_slices, vocos_stream, vocos_upload):
+        for module in (vocos, vocos_slices, vocos_stream):
             for name, value in replaced.items():
-                if hasattr(module, name):
+                if name in vars(module):
                     monkeypatch.setattr(module, name, value)
+        for name in ("Event", "MappedMemory", "load_program", "on_device", "driver_problem"):
+            monkeypatch.setitem(vars(program), name, replaced[name])
 
     def _cupy(self) -> types.ModuleType:
         def on_device_array(values: Any, dtype: Any = None) -> Any:

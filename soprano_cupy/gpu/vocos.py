@@ -16,11 +16,11 @@ from ..cuda.module import device_facts
 from ..device import cuda_index, module_of
 from ..errors import DeviceError, ParameterError
 from ..runner import DecoderRunner, DecoderStream
+from . import program
 from .linear import plan_linear
 from .packing import pack_linear
-from .program import Event, driver_problem, on_device
 from .vocos_plan import Facts, Plan, unsupported
-from .vocos_slices import LEAST_ROWS, Slices, make_slices
+from .vocos_slices import LEAST_ROWS, ROW_CLASSES, Slices, make_slices
 from .vocos_stream import GpuStream, StreamTable
 from .vocos_tables import Piece, group_pieces, margins, whole_pieces
 from .vocos_weights import HostWeights
@@ -45,7 +45,7 @@ class Voice(NamedTuple):
 
 def decoder_problem(config: DecoderConfig, device: str) -> str | None:
     """Why the GPU engine cannot run such a decoder there, as one line; None when it can."""
-    reason = driver_problem()
+    reason = program.driver_problem()
     if reason is not None:
         return reason
     facts = device_facts(cuda_index(device))
@@ -74,11 +74,11 @@ class GpuDecoder(DecoderRunner):
             raise DeviceError(f"the GPU decoder cannot run: {problem}; choose dtype float32")
         facts = device_facts(cuda_index(device))
         self._index, self._lock = facts.index, threading.RLock()
-        with on_device(self._index):
+        with program.on_device(self._index):
             self._weights = _place(HostWeights(file, config))
             self._stream = cupy.cuda.Stream(non_blocking=True)
             self._copies = cupy.cuda.Stream(non_blocking=True)
-            self._entered, self._left = Event(), Event()
+            self._entered, self._left = program.Event(), program.Event()
             cupy.cuda.get_current_stream().synchronize()  # our own streams do not wait for it
         self._plan = Plan(
             config,
@@ -155,7 +155,7 @@ class GpuDecoder(DecoderRunner):
         stream, copies = self._stream.ptr, self._copies.ptr
         most = max(sum(piece.hops for piece in group) for group in groups)
         buffers = [cupy.empty(most * self.config.hop_length, dtype) for _ in groups[:2]]
-        computed, copied = Event(), [Event() for _ in buffers]
+        computed, copied = program.Event(), [program.Event() for _ in buffers]
         self._entered.record(cupy.cuda.get_current_stream().ptr)  # the buffers are made in its order
         self._entered.hold(stream)
         blocks = []
@@ -189,7 +189,8 @@ class GpuDecoder(DecoderRunner):
 
     def _slices_for(self, frames: int) -> Slices:
         """Activations for so many frames, or for as many as go through at a time."""
-        wanted = min(self._most_rows, -(-frames // LEAST_ROWS) * LEAST_ROWS)
+        sizes = [end for end in ROW_CLASSES if LEAST_ROWS <= end < self._most_rows]
+        wanted = next((size for size in sizes if size >= frames), self._most_rows)
         if self._slices is None or self._slices.rows < wanted:
             if self._slices is not None:
                 self._stream.synchronize()
@@ -219,7 +220,7 @@ class GpuDecoder(DecoderRunner):
     @contextmanager
     def turn(self) -> Iterator[None]:
         """One thread at a time, on our device."""
-        with self._lock, on_device(self._index):
+        with self._lock, program.on_device(self._index):
             yield
 
     @contextmanager

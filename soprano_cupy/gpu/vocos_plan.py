@@ -238,9 +238,9 @@ class Plan:
     def _convolution(self, at: Mapping[str, int], index: int) -> Launch:
         name = f"block{index}"
         return self._rows(
-            "vocos_convolution", False, ROWS, table=at["rows"], input=at["residual"], taps=self._weights[f"{name}.taps"],
-            bias=self._weights[f"{name}.bias"], output=at["normed"], output_stride=padded(self.config.dim),
-            **self._norm(name),
+            "vocos_convolution", False, ROWS, table=at["rows"], input=at["residual"],
+            taps=self._weights[f"{name}.taps"], bias=self._weights[f"{name}.bias"], output=at["normed"],
+            output_stride=padded(self.config.dim), **self._norm(name),
         )  # fmt: skip
 
     def _stream_convolution(self, at: Mapping[str, int], index: int, source: int, target: int, slots: int) -> Launch:

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 from ..config import DecoderConfig
 from ..errors import DeviceError
-from . import vocos_plan
+from . import program, vocos_plan
 from .arena import Arena
-from .program import Program, load_program
 from .vocos_plan import Capacity, Plan, RowRange
 from .vocos_tables import Piece, build_tables
 from .vocos_upload import HostTables
@@ -40,7 +39,7 @@ class Slices:
         self._arena = Arena(specs)
         self._places = {name: self._arena.pointer(name) for name in specs}
         self._tables = [HostTables(tables, self._places) for _ in range(TABLES_UNDER_WAY)]
-        self._programs: dict[int, Program] = {}
+        self._programs: dict[int, program.Program] = {}
         self._turn = 0
         logger.info("decoder: %d frames at a time, %.0f MB of activations", rows, self.nbytes / 1e6)
 
@@ -56,13 +55,13 @@ class Slices:
         tables = build_tables(pieces, shape.span_hops(hops, self._plan.facts.multiprocessors))
         self._turn = (self._turn + 1) % len(self._tables)
         self._tables[self._turn].send(tables, stream, samples=samples, pcm=pcm)
-        program = self._program(row_class(len(tables.rows), self.rows))
-        program.run(stream, len(tables.rows), len(tables.tokens), len(tables.spans))
+        launches = self._program(row_class(len(tables.rows), self.rows))
+        launches.run(stream, len(tables.rows), len(tables.tokens), len(tables.spans))
 
-    def _program(self, rows: RowRange) -> Program:
+    def _program(self, rows: RowRange) -> program.Program:
         if rows.most not in self._programs:
             launches = list(self._plan.whole(self._places, rows, min(self._capacity.tokens, rows.most)))
-            self._programs[rows.most] = load_program(launches, self._device)
+            self._programs[rows.most] = program.load_program(launches, self._device)
         return self._programs[rows.most]
 
 

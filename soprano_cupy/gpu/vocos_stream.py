@@ -17,9 +17,8 @@ from ..config import FRAMES_PER_TOKEN, DecoderConfig
 from ..device import module_of
 from ..errors import ParameterError
 from ..runner import DecoderStream
-from . import vocos_plan
+from . import program, vocos_plan
 from .arena import Arena
-from .program import Event, MappedMemory, Program, load_program
 from .vocos_plan import Capacity, Plan, RowRange
 from .vocos_tables import FIRST_HOP, Piece, Progress, build_tables, margins, stream_piece
 from .vocos_upload import HostTables
@@ -59,14 +58,14 @@ class StreamTable:
         self._arena = Arena(specs)
         self._places = {name: self._arena.pointer(name) for name in specs}
         self._tables = HostTables(tables, self._places)
-        self._states = MappedMemory(slots * self.ring * config.input_size * 4)
+        self._states = program.MappedMemory(slots * self.ring * config.input_size * 4)
         self._host_ring = np.frombuffer(self._states.view(), np.float32).reshape(slots, self.ring, config.input_size)
-        self._samples = MappedMemory(rows * config.hop_length * 4)
+        self._samples = program.MappedMemory(rows * config.hop_length * 4)
         self._host_samples = np.frombuffer(self._samples.view(), np.float32)
-        self._programs: dict[int, Program] = {}
+        self._programs: dict[int, program.Program] = {}
         self._free = list(range(slots))
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._entered, self._left = Event(), Event()
+        self._entered, self._left = program.Event(), program.Event()
         cupy.cuda.get_current_stream().synchronize()  # the arena is zeroed in its order
         for frames in FIRST_CLASSES:
             self._program(frames)
@@ -128,13 +127,14 @@ class StreamTable:
 
         tables = build_tables(pieces, 1)
         self._tables.send(tables, self._stream.ptr, samples=self._samples.device)
-        program = self._program(len(tables.rows))
-        program.run(self._stream.ptr, len(tables.rows), len(tables.tokens), len(tables.spans))
+        launches = self._program(len(tables.rows))
+        launches.run(self._stream.ptr, len(tables.rows), len(tables.tokens), len(tables.spans))
         synchronize(self._stream.ptr)
-        samples: np.ndarray = self._host_samples[: sum(piece.hops for piece in pieces) * self.config.hop_length]
-        return samples.copy()
+        count = sum(piece.hops for piece in pieces) * self.config.hop_length
+        samples: np.ndarray = self._host_samples[:count].copy()
+        return samples
 
-    def _program(self, rows: int) -> Program:
+    def _program(self, rows: int) -> program.Program:
         classes = (*STREAM_CLASSES, self._capacity.rows)
         most = next(size for size in classes if size >= rows)
         if most not in self._programs:
@@ -142,7 +142,7 @@ class StreamTable:
             launches = list(
                 self._plan.streams(self._places, RowRange(least, most), min(most, self._capacity.tokens), self._slots)
             )
-            self._programs[most] = load_program(launches, self._device)
+            self._programs[most] = program.load_program(launches, self._device)
         return self._programs[most]
 
     def _wait_for_caller(self) -> None:

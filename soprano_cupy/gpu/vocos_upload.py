@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from .program import Event, MappedMemory
+from . import program
 from .vocos_plan import Specs
 from .vocos_tables import Tables
 
@@ -27,9 +27,9 @@ class HostTables:
         ends = [
             self._offsets[name] + math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in specs.items()
         ]
-        self._memory = MappedMemory(max(ends))
+        self._memory = program.MappedMemory(max(ends))
         self._bytes = np.frombuffer(self._memory.view(), np.uint8)
-        self._copied = Event()
+        self._copied = program.Event()
 
     def send(self, tables: Tables, stream: int, *, samples: int = 0, pcm: int = 0) -> None:
         """Write the tables and queue their copies, once those of the run before are done.
