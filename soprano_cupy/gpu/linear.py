@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..errors import ParameterError
 from .launch import Blocks, Dimension, Field, Launch, Symbol
-from .linear_shapes import Problem, Shape, best_shape, ceil_div
+from .linear_shapes import Problem, Shape, best_shape, ceil_div, measured_shape
 
 TILE_FEATURES = 16  # of one packed tile, and columns of one partial sum of squares
 DEPTH_STEP = 64  # depth is padded to a multiple of this
@@ -126,7 +126,8 @@ class LinearRequest:
 def plan_linear(request: LinearRequest) -> Launch:
     """The launch for a product; `ParameterError` where no kernel can take it."""
     _check(request)
-    launch = _plan_hopper(request) if request.capability == (9, 0) else None
+    measured = measured_shape(problem_of(request))
+    launch = _plan_hopper(request) if request.capability == (9, 0) and measured is None else None
     if launch is not None:
         return launch
     least = request.rows_min if isinstance(request.rows, Symbol) else request.rows

@@ -181,8 +181,8 @@ TURING_STAGES = 2  # without asynchronous copies a third stage hides nothing
 TURING_TILES = ((128, 64), (64, 64), (64, 32))
 
 COLUMNS = (1, 2, 4)
-MOST_GROUPS = 4  # blocks of linear_rows along the rows
-FEATURE_TILES = (1, 2)  # of a block of linear_rows
+MOST_GROUPS = 32  # blocks of linear_rows along the rows
+FEATURE_TILES = (1, 2, 4)  # of a block of linear_rows
 MOST_HELD = 18  # packed tiles in the registers of a lane, 4 registers each
 
 
@@ -217,11 +217,53 @@ def tiles_of(problem: Problem) -> Iterator[TilesShape]:
                 break
 
 
-def best_shape(problem: Problem, rows_min: int, rows_max: int) -> Shape:
-    """The shape that is predicted to serve a range of rows best.
+# What an H200 measured for few rows (benchmarks/linear.py --sweep), in microseconds, as columns x feature tiles of
+# `linear_rows.cu`, or the tile of 64 features x 32 rows. Straight loads, with one column, are good while few blocks
+# ask for the same row of activations: 4.5 where two staged columns take 2.1 for one row of 4,608 x 512.
+#
+#     features x depth   rows   1 x 2   2 x 1   2 x 2   4 x 2   tile
+#     768 x 512          1      1.20    1.08    1.27            2.9
+#     512 x 512          8      1.43    1.48    1.43    1.97    2.96
+#     512 x 2304         1      1.54    2.10    2.46            9.9
+#     512 x 2304         32     3.54    3.06    3.21            9.8
+#     4608 x 512         1      3.11    2.17    2.12    2.82    3.91
+#     4608 x 512         16     6.40    5.42    3.28    3.65    4.00
+#     4608 x 512         32     8.66    7.89    5.45    6.74    4.11
+#     8192 x 512         64                     9.5     9.5     6.52
+#     768 x 2304         64             7.31    4.84            9.57
+#     512 x 2304         128    6.08 with 4 x 1, 13.1 by `linear_hopper.cu`
+MEASURED_ROWS = 64
+FEW_TILES, SOME_TILES, MANY_TILES = 32, 64, 256  # of 16 features
+LONG_DEPTH = 1024
 
-    At the least, the middle and the largest number of rows its time is compared with that of the best shape there.
+
+def measured_shape(problem: Problem) -> Shape | None:
+    """The shape that the table above says is best for so few rows; None where it says nothing."""
+    rows, tiles = problem.rows, problem.feature_tiles
+    if rows > MEASURED_ROWS and (rows > 2 * MEASURED_ROWS or tiles > SOME_TILES):
+        return None
+    if rows > 16 and tiles >= MANY_TILES:
+        return next((tile for tile in tiles_of(problem) if (tile.features, tile.rows) == (64, 32)), None)
+    if rows <= 8 and tiles <= FEW_TILES:
+        columns, feature_tiles = 1, 2
+    elif rows > MEASURED_ROWS:
+        columns, feature_tiles = 4, 1
+    elif (rows <= 8 and tiles <= SOME_TILES) or (rows <= 32 and problem.depth > LONG_DEPTH):
+        columns, feature_tiles = 2, 1
+    else:
+        columns, feature_tiles = 2, 2
+    shape = RowsShape(problem.depth, rows_warps(problem.depth), columns, feature_tiles, columns > 1)
+    return shape if shape.fits(problem) else None
+
+
+def best_shape(problem: Problem, rows_min: int, rows_max: int) -> Shape:
+    """The shape for a range of rows: a measured one, or the one that is predicted to serve it best.
+
+    At the least, the middle and the largest number of rows its predicted time is compared with that of the best there.
     """
+    measured = measured_shape(problem._replace(rows=rows_max))
+    if measured is not None:
+        return measured
     samples = sorted({rows_min, int((rows_min * rows_max) ** 0.5), rows_max})
     problems = [problem._replace(rows=rows) for rows in samples]
     candidates = list(shapes(problem._replace(rows=rows_max)))
