@@ -31,6 +31,12 @@ struct HeadPairs {
         high = load_global<float2>(head + HEAD_DIM / 2 + 2 * lane_index());
     }
 
+    // One or the other; without this the compiler would keep both in memory to choose between their addresses.
+    DEVICE static HeadPairs select(bool first, const HeadPairs& a, const HeadPairs& b) {
+        return {make_float2(first ? a.low.x : b.low.x, first ? a.low.y : b.low.y),
+                make_float2(first ? a.high.x : b.high.x, first ? a.high.y : b.high.y)};
+    }
+
     // x / sqrt(mean(x^2) + epsilon) * gain
     DEVICE void normalise(const HeadPairs& gain, float epsilon) {
         float sum = low.x * low.x;

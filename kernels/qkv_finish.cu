@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(256) qkv_finish(const __grid_consta
         HeadPairs pairs;
         pairs.load_fresh(params.qkv + (first + head) * HEAD_DIM);
         if (query || key) {
-            pairs.normalise(query ? q_gain : k_gain, params.epsilon);
+            pairs.normalise(HeadPairs::select(query, q_gain, k_gain), params.epsilon);
             pairs.rotate(angles);
         }
         if (query) {

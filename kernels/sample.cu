@@ -24,22 +24,41 @@ constexpr int COLUMNS_HELD = (HIDDEN + THREADS - 1) / THREADS;  // of the hidden
 
 // Shared memory, in bytes; soprano_cupy/gpu/step.py counts the same.
 constexpr int PARTIAL_AT = 0;  // (best, id, least, distance) of each warp
-constexpr int SEARCH_AT = WARPS * 16;
+constexpr int SLOT_AT = WARPS * 16;  // the slot's record, so that it needs no registers while a token is drawn
+constexpr int SEARCH_AT = SLOT_AT + 64;
+constexpr int SCORES_AT = SEARCH_AT + SEARCH_BYTES;
+constexpr int GAIN_AT = SCORES_AT + SCORES_BYTES;  // the next step's gain, each thread's columns for itself
 
-DEVICE SlotState load_slot(const SlotState* slot) {
-    const char* at = reinterpret_cast<const char*>(slot);
-    const uint4 a = load_global_fresh<uint4>(at), b = load_global_fresh<uint4>(at + 16);
-    const uint4 c = load_global_fresh<uint4>(at + 32), d = load_global_fresh<uint4>(at + 48);
-    SlotState s;
-    s.seed = join(a.x, a.y), s.stream = join(a.z, a.w);
-    s.top_p = bits_to_double(join(b.x, b.y));
-    s.scale_high = bits_to_float(static_cast<int>(b.z)), s.scale_low = bits_to_float(static_cast<int>(b.w));
-    s.penalty = bits_to_float(static_cast<int>(c.x)), s.options = static_cast<int>(c.y);
-    s.limit = static_cast<int>(c.z), s.count = static_cast<int>(c.w);
-    s.position = static_cast<int>(d.x), s.status = static_cast<int>(d.y);
-    s.repeats = static_cast<int>(d.z), s.stuck = static_cast<int>(d.w);
-    return s;
-}
+// A slot's record as it lies in memory.
+struct SlotWords {
+    uint4 words[4];
+
+    DEVICE static SlotWords load(const SlotState* slot) {
+        const char* at = reinterpret_cast<const char*>(slot);
+        return {load_global_fresh<uint4>(at), load_global_fresh<uint4>(at + 16), load_global_fresh<uint4>(at + 32),
+                load_global_fresh<uint4>(at + 48)};
+    }
+    DEVICE void keep(unsigned smem) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_shared<uint4>(smem + i * 16, words[i]);
+    }
+    DEVICE static SlotWords kept(unsigned smem) {
+        return {load_shared<uint4>(smem), load_shared<uint4>(smem + 16), load_shared<uint4>(smem + 32),
+                load_shared<uint4>(smem + 48)};
+    }
+    DEVICE SlotState state() const {
+        const uint4 &a = words[0], &b = words[1], &c = words[2], &d = words[3];
+        SlotState s;
+        s.seed = join(a.x, a.y), s.stream = join(a.z, a.w);
+        s.top_p = bits_to_double(join(b.x, b.y));
+        s.scale_high = bits_to_float(static_cast<int>(b.z)), s.scale_low = bits_to_float(static_cast<int>(b.w));
+        s.penalty = bits_to_float(static_cast<int>(c.x)), s.options = static_cast<int>(c.y);
+        s.limit = static_cast<int>(c.z), s.count = static_cast<int>(c.w);
+        s.position = static_cast<int>(d.x), s.status = static_cast<int>(d.y);
+        s.repeats = static_cast<int>(d.z), s.stuck = static_cast<int>(d.w);
+        return s;
+    }
+};
 
 DEVICE void store_slot(SlotState* slot, const SlotState& s) {
     char* at = reinterpret_cast<char*>(slot);
@@ -60,8 +79,8 @@ DEVICE Extremes extremes_of_warp(const Scores& scores, float distance) {
     unsigned best = 0u, id = 0xffffffffu, least = 0xffffffffu;
 #pragma unroll(HELD ? ITEMS : 1)
     for (int j = 0; j < ITEMS; ++j) {  // ids ascend
-        const unsigned order = order_of(scores.at(j));
-        if (order > best && Scores::id(j) < VOCAB) best = order, id = Scores::id(j);
+        const unsigned order = order_of(scores.own(j));
+        if (order > best && Scores::own_id(j) < VOCAB) best = order, id = Scores::own_id(j);
         if (order < least && order > ORDER_OF_MINUS_INFINITY) least = order;
     }
     const unsigned best_of_warp = max_of_lanes(best);
@@ -101,16 +120,22 @@ DEVICE Sum share_passed(Sum kept, unsigned number) {
     return (kept >> 24) * number + ((kept & 0xffffffu) * number >> 24) + 1;
 }
 
-// A token from softmax(scores / temperature), among the most likely whose probability reaches top_p.
-DEVICE int draw(const Scores& scores, const Extremes& extremes, const SlotState& slot, const Search& search) {
+// A token from softmax(scores / temperature), among the most likely whose probability reaches top_p. slot_smem: where the
+// slot's record is kept; what is needed once is read from there.
+DEVICE int draw(const Scores& scores, const Extremes& extremes, unsigned slot_smem, const Search& search) {
+    const SlotState slot = SlotWords::kept(slot_smem).state();
     const Softmax softmax(extremes.best, extremes.least, slot.scale_high, slot.scale_low);
     search.begin(scores, softmax);
     Found found{0, warp_index() == 0 ? search.total() : 0};
 #pragma unroll 1
     for (int pass = slot.top_p < 1.0 ? 0 : 1; pass < 2; ++pass) {
         // First where the sum reaches top_p of all, then where it goes over the random share of what was kept.
-        const Sum target = pass == 0 ? share_reached(found.sum, slot.top_p)
-                                     : share_passed(found.sum, random_24_bits(slot.seed, slot.stream, slot.count));
+        Sum target = 0;
+        if (warp_index() == 0) {
+            const SlotState s = SlotWords::kept(slot_smem).state();
+            target = pass == 0 ? share_reached(found.sum, s.top_p)
+                               : share_passed(found.sum, random_24_bits(s.seed, s.stream, s.count));
+        }
         found = search.find(scores, softmax, target);
     }
     return found.id;
@@ -143,31 +168,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const __grid_con
     const unsigned smem = shared_base();
     const Search search(smem + SEARCH_AT);
     search.clear_cells();
-    float final_gain[COLUMNS_HELD], next_gain[COLUMNS_HELD];
+    float final_gain[COLUMNS_HELD];
 #pragma unroll
     for (int i = 0; i < COLUMNS_HELD; ++i) {
         const int column = i * THREADS + threadIdx.x;
         final_gain[i] = column < HIDDEN ? load_global<float>(params.final_gain + column) : 0.0f;
-        next_gain[i] = column < HIDDEN ? load_global<float>(params.next_gain + column) : 0.0f;
+        if (column < HIDDEN) store_shared<float>(smem + GAIN_AT + column * 4, load_global<float>(params.next_gain + column));
     }
 
     grid_dependency_wait();
     const long long row = blockIdx.x;
     const int slot_index = load_global_fresh<int>(params.slot_of_row + row);
-    Scores scores(params.logits + row * VOCAB);
+    Scores scores(params.logits + row * VOCAB, smem + SCORES_AT);
     if (slot_index < 0) return;
     const long long target = params.target_rows == nullptr ? row : load_global_fresh<int>(params.target_rows + row);
-    SlotState slot = load_slot(params.slots + slot_index);
+    const SlotWords words = SlotWords::load(params.slots + slot_index);
+    SlotState slot = words.state();
     if (slot.status != STATUS_RUNNING) {
         if (threadIdx.x == 0) store_global<int>(params.next_slot_of_row + target, -1);
         return;
     }
     scores.penalise(params.seen + static_cast<long long>(slot_index) * SEEN_WORDS, slot.penalty);
 
+    if (threadIdx.x == 0) words.keep(smem + SLOT_AT);
+
     // The state that makes the token, and how far it is from the one before.
     const bool has_room = slot.count < params.most_tokens;
-    const long long place = static_cast<long long>(slot_index) * params.most_tokens + slot.count;
-    float* state = params.states + place * HIDDEN;
+    float* state = params.states + (static_cast<long long>(slot_index) * params.most_tokens + slot.count) * HIDDEN;
     const float factor = inverse_rms(params.square_sums + row * sum_tiles(HIDDEN), HIDDEN, params.inverse_width,
                                      params.epsilon);
     float distance = 0.0f;
@@ -182,12 +209,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const __grid_con
 
     const Extremes extremes = extremes_of_block(smem, extremes_of_warp(scores, distance));
     const bool failed = extremes.best >= ORDER_OF_INFINITY || extremes.best <= ORDER_OF_MINUS_INFINITY || !has_room;
-    int token = 0;
+    int token = static_cast<int>(extremes.id);
+    if (!failed && (slot.options & OPTION_GREEDY) == 0) token = draw(scores, extremes, smem + SLOT_AT, search);
+    slot = SlotWords::kept(smem + SLOT_AT).state();
     if (failed) {
+        token = 0;
         slot.status = STATUS_FAILED;
     } else {
-        token = static_cast<int>(extremes.id);
-        if ((slot.options & OPTION_GREEDY) == 0) token = draw(scores, extremes, slot, search);
         advance(slot, params, token, extremes.distance);
     }
 
@@ -195,6 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const __grid_con
     // between the reading of the seen ids, the writing of the state, and this.
     if (threadIdx.x == THREADS - WARP_LANES) {
         if (!failed) {
+            const long long place = static_cast<long long>(slot_index) * params.most_tokens + slot.count - 1;
             store_global<int>(params.tokens + place, token);
             unsigned* word = params.seen + static_cast<long long>(slot_index) * SEEN_WORDS + token / 32;
             store_global<unsigned>(word, load_global_fresh<unsigned>(word) | 1u << (token % 32));
@@ -208,9 +237,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const __grid_con
 #pragma unroll
     for (int i = 0; i < COLUMNS_HELD; ++i) {
         const int column = i * THREADS + threadIdx.x;
+        const bool exists = column < HIDDEN;
         write_residual(params.next_residual + target * params.stride,
                        static_cast<Element*>(params.next_hidden) + target * params.stride,
                        params.next_square_sums + target * sum_tiles(HIDDEN), column, HIDDEN,
-                       column < HIDDEN ? to_float(load_global<Element>(embedding + column)) : 0.0f, next_gain[i]);
+                       exists ? to_float(load_global<Element>(embedding + column)) : 0.0f,
+                       exists ? load_shared<float>(smem + GAIN_AT + column * 4) : 0.0f);
     }
 }

@@ -1,5 +1,5 @@
-// The scores of one row of logits, in the registers of a thread block: the repetition penalty (Keskar et al., 2019) is in
-// them. A vocabulary too large for that is read again whenever a score is asked for.
+// The scores of one row of logits: the repetition penalty (Keskar et al., 2019) is in them. They are looked at once in
+// registers, and after that in shared memory; a vocabulary too large for that is read again whenever a score is asked for.
 #pragma once
 
 #include "device.cuh"
@@ -7,7 +7,9 @@
 constexpr int WARPS = THREADS / WARP_LANES;
 constexpr int VECTOR = VOCAB % 4 == 0 ? 4 : 1;  // ids side by side that one thread holds
 constexpr int ITEMS = (VOCAB + THREADS * VECTOR - 1) / (THREADS * VECTOR) * VECTOR;  // scores of a thread
-constexpr bool HELD = ITEMS <= 16;
+constexpr int MOST_HELD = 8192;
+constexpr bool HELD = VOCAB <= MOST_HELD;
+constexpr int SCORES_BYTES = HELD ? (VOCAB + 3) / 4 * 16 : 0;  // of shared memory
 constexpr int SEEN_WORDS = (VOCAB + 31) / 32;
 
 static_assert(THREADS % WARP_LANES == 0 && THREADS <= 1024, "whole warps");
@@ -30,52 +32,72 @@ struct Scores {
     const float* logits;   // (VOCAB,)
     const unsigned* seen;  // (SEEN_WORDS,)
     float penalty;
+    unsigned smem;  // SCORES_BYTES
     float held[HELD ? ITEMS : 1];
 
-    // Id of this thread's score j; VOCAB or more: there is none.
-    DEVICE static int id(int j) { return (j / VECTOR * THREADS + static_cast<int>(threadIdx.x)) * VECTOR + j % VECTOR; }
-
     // Logits only; the penalty is put in by `penalise`, whose inputs come later.
-    DEVICE explicit Scores(const float* row) : logits(row), seen(nullptr), penalty(1.0f) {
-        if (!HELD) return;
+    DEVICE Scores(const float* row, unsigned shared) : logits(row), seen(nullptr), penalty(1.0f), smem(shared) {
+        if constexpr (HELD) {
 #pragma unroll
-        for (int j = 0; j < (HELD ? ITEMS : 0); j += VECTOR) {
-            if (VECTOR == 4) {
-                float4 v = make_float4(-infinity(), -infinity(), -infinity(), -infinity());
-                if (id(j) < VOCAB) v = load_global_fresh<float4>(logits + id(j));
-                held[j] = v.x;
-                held[j + (VECTOR == 4 ? 1 : 0)] = v.y;
-                held[j + (VECTOR == 4 ? 2 : 0)] = v.z;
-                held[j + (VECTOR == 4 ? 3 : 0)] = v.w;
-            } else {
-                held[j] = id(j) < VOCAB ? load_global_fresh<float>(logits + id(j)) : -infinity();
-            }
+            for (int j = 0; j < ITEMS; j += VECTOR) load_held(j);
         }
     }
 
     DEVICE void penalise(const unsigned* slot_seen, float slot_penalty) {
         seen = slot_seen;
         penalty = slot_penalty;
-        if (!HELD) return;
+        if constexpr (HELD) {
 #pragma unroll
-        for (int j = 0; j < (HELD ? ITEMS : 0); j += VECTOR) {
-            if (id(j) >= VOCAB) continue;
-            const unsigned word = load_global_fresh<unsigned>(seen + id(j) / 32) >> (id(j) % 32);
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) {
-                if (word >> i & 1u) held[j + i] = penalised(held[j + i]);
-            }
+            for (int j = 0; j < ITEMS; j += VECTOR) penalise_held(j);
         }
     }
 
-    // Score j; -inf where there is none.
-    DEVICE float at(int j) const {
-        if (HELD) return held[HELD ? j : 0];
-        if (id(j) >= VOCAB) return -infinity();
-        const float logit = load_global_fresh<float>(logits + id(j));
-        return load_global_fresh<unsigned>(seen + id(j) / 32) >> (id(j) % 32) & 1u ? penalised(logit) : logit;
+    // Id of this thread's own score j, ascending; VOCAB or more: there is none.
+    DEVICE static int own_id(int j) {
+        return (j / VECTOR * THREADS + static_cast<int>(threadIdx.x)) * VECTOR + j % VECTOR;
+    }
+    // This thread's score j.
+    DEVICE float own(int j) const {
+        if constexpr (HELD)
+            return held[j];
+        else
+            return own_id(j) < VOCAB ? read(own_id(j)) : -infinity();
+    }
+    // Any id's, behind a barrier after `penalise`.
+    DEVICE float of(int id) const {
+        if constexpr (HELD)
+            return load_shared<float>(smem + id * 4);
+        else
+            return read(id);
     }
 
 private:
+    // The scores j, j + 1, ... of one vector.
+    DEVICE void load_held(int j) {
+        if constexpr (VECTOR == 4) {
+            float4 v = make_float4(-infinity(), -infinity(), -infinity(), -infinity());
+            if (own_id(j) < VOCAB) v = load_global_fresh<float4>(logits + own_id(j));
+            held[j] = v.x, held[j + 1] = v.y, held[j + 2] = v.z, held[j + 3] = v.w;
+        } else {
+            held[j] = own_id(j) < VOCAB ? load_global_fresh<float>(logits + own_id(j)) : -infinity();
+        }
+    }
+    DEVICE void penalise_held(int j) {
+        const int id = own_id(j);
+        if (id >= VOCAB) return;
+        const unsigned word = load_global_fresh<unsigned>(seen + id / 32) >> (id % 32);
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            if (word >> i & 1u) held[j + i] = penalised(held[j + i]);
+        }
+        if constexpr (VECTOR == 4)
+            store_shared<float4>(smem + id * 4, make_float4(held[j], held[j + 1], held[j + 2], held[j + 3]));
+        else
+            store_shared<float>(smem + id * 4, held[j]);
+    }
+    DEVICE float read(int id) const {
+        const float logit = load_global_fresh<float>(logits + id);
+        return load_global_fresh<unsigned>(seen + id / 32) >> (id % 32) & 1u ? penalised(logit) : logit;
+    }
     DEVICE float penalised(float logit) const { return logit > 0.0f ? logit / penalty : logit * penalty; }
 };

@@ -182,20 +182,16 @@ public:
 private:
     unsigned smem;
 
-    // So that what a pass computes from a score is computed in that pass, and not held in registers from the one before.
-    DEVICE static float afresh(float score) {
-        return bits_to_float(static_cast<int>(opaque(float_to_bits(score))));
-    }
     DEVICE unsigned cell(unsigned digit) const { return smem + (digit * WARP_LANES + lane_index()) * 4; }
 
     // Sums and counts of the scores with this prefix, by their next digit, into `bins`. Ends with a barrier.
     DEVICE void count(const Scores& scores, const Softmax& softmax, const Prefix& prefix, unsigned bins) const {
-#pragma unroll(HELD ? ITEMS : 1)
-        for (int j = 0; j < ITEMS; ++j) {
-            const float score = afresh(scores.at(j));
+#pragma unroll 2
+        for (int id = threadIdx.x; id < VOCAB; id += THREADS) {
+            const float score = scores.of(id);
             const Weight weight = softmax.weigh(score);
-            if (!weight.any() || !prefix.holds(softmax, score, Scores::id(j))) continue;
-            const unsigned at = cell(prefix.next_digit(softmax, score, Scores::id(j)));
+            if (!weight.any() || !prefix.holds(softmax, score, id)) continue;
+            const unsigned at = cell(prefix.next_digit(softmax, score, id));
             atomic_add_shared(at, static_cast<unsigned>(weight.low + HALF_LIMB));
             atomic_add_shared(at + CELLS_BYTES, static_cast<unsigned>(weight.high));
             atomic_add_shared(at + 2 * CELLS_BYTES, 1u);
@@ -260,13 +256,13 @@ private:
     // Among the `counted` scores with this prefix, the first at which the sum of their weights reaches `target`.
     DEVICE Found compare(const Scores& scores, const Softmax& softmax, const Prefix& prefix, int counted, Sum before,
                          Sum target) const {
-#pragma unroll(HELD ? ITEMS : 1)
-        for (int j = 0; j < ITEMS; ++j) {
-            const float score = afresh(scores.at(j));
+#pragma unroll 2
+        for (int id = threadIdx.x; id < VOCAB; id += THREADS) {
+            const float score = scores.of(id);
             const Weight weight = softmax.weigh(score);
-            if (!weight.any() || !prefix.holds(softmax, score, Scores::id(j))) continue;
+            if (!weight.any() || !prefix.holds(softmax, score, id)) continue;
             const unsigned at = CANDIDATES_AT + atomic_add_shared(smem + COUNTER_AT, 1u) * 16;
-            const Sum place = softmax.fine(score, Scores::id(j)), sum = weight.sum();
+            const Sum place = softmax.fine(score, id), sum = weight.sum();
             store_shared<uint4>(smem + at, make_uint4(low_half(place), high_half(place), low_half(sum), high_half(sum)));
         }
         sync_block();  // the candidates are written, in whatever order

@@ -72,7 +72,7 @@ private:
     DEVICE void finish_unit(HeadPairs& pairs, int u, float4 angles, float epsilon, unsigned queries, unsigned newest,
                             Element* key, Element* value) const {
         if (u <= LIVE_ROWS) {
-            pairs.normalise(u < LIVE_ROWS ? q_gain : k_gain, epsilon);
+            pairs.normalise(HeadPairs::select(u < LIVE_ROWS, q_gain, k_gain), epsilon);
             pairs.rotate(angles);
         }
         if (u >= LIVE_ROWS + 2 || !HeadPairs::holds()) return;

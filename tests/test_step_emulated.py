@@ -63,6 +63,8 @@ def test_the_constants_are_those_of_the_kernels() -> None:
     assert f"CANDIDATES = {step.CANDIDATES};" in search
     assert "DIGIT_BITS = 6, BINS = 1 << DIGIT_BITS" in search
     assert step.BINS == 1 << 6
+    scores = (emulation.KERNELS / "sample_scores.cuh").read_text(encoding="utf-8")
+    assert f"MOST_HELD = {step.MOST_HELD};" in scores
 
 
 def test_symbols_become_fields_and_grids() -> None:
@@ -228,7 +230,7 @@ POSITIONS, SLOTS = (0, 1, 62, 63, 64, 127, 128, 200, 256), (3, -1, 0, 5, 1, 7, 4
     ("dtype", "arch", "head_dim", "group", "kv_heads"),
     [
         ("bfloat16", 900, 128, 4, 1), ("bfloat16", 800, 64, 3, 2), ("float16", 750, 128, 8, 1),
-        ("bfloat16", 900, 32, 17, 1), ("float16", 900, 32, 40, 1), ("bfloat16", 900, 64, 1, 3),
+        ("float16", 900, 32, 40, 1), ("bfloat16", 900, 64, 1, 3),
     ],
 )  # fmt: skip
 def test_a_step_has_the_bits_of_its_parts(dtype: str, arch: int, head_dim: int, group: int, kv_heads: int) -> None:
@@ -352,7 +354,7 @@ def test_scores_that_are_hard_to_tell_apart(kind: str) -> None:
 
 def test_hundreds_of_draws_are_those_of_the_package() -> None:
     """No mismatch is expected: a boundary comes within 1e-6 of the random number in one case of some 100,000."""
-    sampling = Sampling(voices_of_all_kinds(600, seed=11), range(600), vocab=130, hidden=16)
+    sampling = Sampling(voices_of_all_kinds(400, seed=11), range(400), vocab=130, hidden=16)
     random_steps(sampling, Emulated(), 1, scale=2.0)
 
 

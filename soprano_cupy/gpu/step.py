@@ -37,6 +37,7 @@ HEAD_WARPS = 8  # of a block that finishes a row's heads, at most
 
 # Threads of the sampling kernel's block, by the size of the vocabulary: 8 scores each of 8,192.
 SAMPLE_THREADS = ((4096, 1024), (1024, 512), (0, 256))
+MOST_HELD = 8192  # scores that stay in shared memory, as in kernels/sample_scores.cuh
 BINS, CANDIDATES = 64, 128  # as in kernels/sample_search.cuh
 SEARCH_BYTES = 3 * BINS * WARP * 4 + 2 * BINS * 12 + 32 + 16 + 16 + CANDIDATES * 16
 
@@ -233,6 +234,8 @@ def plan_sample(
     (slots, most_tokens, hidden_size) float32. progress: (slots,) uint64 in mapped host memory.
     """
     threads = next(count for least, count in SAMPLE_THREADS if vocab_size >= least)
+    scores_bytes = -(-4 * vocab_size // 16) * 16 if vocab_size <= MOST_HELD else 0
+    gain_bytes = -(-4 * hidden_size // 16) * 16
     fields = {
         "logits": logits, "residual": residual, "square_sums": square_sums, "final_gain": final_gain,
         "embeddings": embeddings, "next_gain": next_gain, "next_residual": next_residual, "next_hidden": next_hidden,
@@ -245,5 +248,6 @@ def plan_sample(
     return make_launch(
         "sample.cu", "sample", SAMPLE_PARAMS, fields,
         defines=(("VOCAB", vocab_size), ("HIDDEN", hidden_size), ("THREADS", threads), dtype_define(dtype)),
-        blocks=(rows, 1, 1), threads=threads, shared_bytes=threads // WARP * 16 + SEARCH_BYTES,
+        blocks=(rows, 1, 1), threads=threads,
+        shared_bytes=threads // WARP * 16 + SLOT_STATE.itemsize + SEARCH_BYTES + scores_bytes + gain_bytes,
     )  # fmt: skip
