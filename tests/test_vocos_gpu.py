@@ -132,6 +132,18 @@ def test_streams(both: Any, cp: Any, chunk: int) -> None:
         assert snr_db(joined, whole) >= SAME
 
 
+def test_streams_have_the_same_bits_whatever_the_pushes(published: Any) -> None:
+    decoder, _ = published
+    (states,) = states_of(decoder, 40)
+    results = []
+    for sizes in ([1] * 40, [40], [4, 1, 7, 28], [9, 9, 9, 13], [2] * 20):
+        stream, ends = decoder.stream(), np.cumsum(sizes)
+        pieces = [stream.push(states[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+        results.append(np.concatenate([*pieces, stream.finish()]))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
 def test_streams_side_by_side(published: Any) -> None:
     decoder, _ = published
     voices = states_of(decoder, *range(2, 22, 2))

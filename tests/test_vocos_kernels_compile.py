@@ -12,17 +12,7 @@ from soprano_cupy.cuda.compiler import Nvrtc, compile_options, find_nvrtc
 from soprano_cupy.cuda.source import joined_source
 from soprano_cupy.errors import DeviceError
 from soprano_cupy.gpu.launch import Launch
-from soprano_cupy.gpu.linear import LinearRequest
-from soprano_cupy.gpu.vocos_plan import (
-    Capacity,
-    Facts,
-    Plan,
-    RowRange,
-    activation_specs,
-    stream_specs,
-    table_specs,
-    unsupported,
-)
+from soprano_cupy.gpu.vocos_plan import Facts, unsupported, variants
 from soprano_cupy.testing import SOPRANO_1_1_80M_DECODER, SOPRANO_80M_DECODER
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -43,17 +33,9 @@ RESIDENT_WARPS_OF_TRANSFORM = 32
 
 
 def launches(config: DecoderConfig, architecture: int) -> list[Launch]:
-    """Every kernel of a decoder but its products, with addresses of nothing."""
-    capacity = Capacity.of_rows(64)
-    names = table_specs(capacity) | activation_specs(config, capacity) | stream_specs(config, capacity, 2)
-    vectors = ["window", "inverse", "roots"]
-    for name in ("embed", "head", *(f"block{i}" for i in range(config.num_blocks))):
-        vectors += [f"{name}.{part}" for part in ("gain", "shift", "taps", "bias", "weight")]
-        vectors += [f"{name}.{product}.{part}" for product in ("expand", "contract") for part in ("weight", "bias")]
-    plan = Plan(config, Facts(divmod(architecture, 10), 132), dict.fromkeys(vectors, 4096), lambda request: request)
-    places, rows = dict.fromkeys(names, 4096), RowRange(1, 64)
-    both = [*plan.whole(places, rows, 64), *plan.streams(places, rows, 64, 2)]
-    return [launch for launch in both if not isinstance(launch, LinearRequest)]
+    """Every kernel of a decoder but its products."""
+    both = variants(config, Facts(divmod(architecture, 10), 132))
+    return [launch for launch in both if launch.source.startswith("vocos_")]
 
 
 def cases() -> Iterator[tuple[int, str, Launch]]:

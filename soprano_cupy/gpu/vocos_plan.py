@@ -8,7 +8,7 @@ transform. Nothing runs here, and nothing needs a GPU.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,8 @@ SPAN_HOPS = (29, 13, 5, 1)
 _ROWS_PARAMS = struct.Struct("<11Q4ifi")  # VocosRowsParams
 _ROWS_FIELD = 88
 _ISTFT_PARAMS = struct.Struct("<7Q2i")  # VocosIstftParams
+
+ANY_ADDRESS = 1 << 20  # stands for a pointer where only the kernel is asked for
 
 MAX_DIM = 4096  # channels that a thread block holds, four a thread
 MAX_N_FFT = 4096
@@ -354,3 +356,26 @@ class Plan:
             shared_bytes=shape.shared_bytes,
             params=_ISTFT_PARAMS.pack(*pointers, n_fft, 0),
         )
+
+
+def variants(config: DecoderConfig, facts: Facts, row_classes: Sequence[RowRange] = (), slots: int = 1) -> Planned:
+    """Every launch of a decoder, products included, with addresses of nothing; for compiling ahead.
+
+    row_classes: the ranges of rows that whole voices and streams are planned for; none: one of 64.
+    """
+    from .linear import plan_linear
+
+    capacity = Capacity.of_rows(64)
+    names = table_specs(capacity) | activation_specs(config, capacity) | stream_specs(config, capacity, slots)
+    plan = Plan(config, facts, _AnyAddress(), plan_linear)
+    places = dict.fromkeys(names, ANY_ADDRESS)
+    for rows in row_classes or (RowRange(1, 64),):
+        yield from plan.whole(places, rows, rows.most)
+        yield from plan.streams(places, rows, rows.most, slots)
+
+
+class _AnyAddress(dict[str, int]):
+    """The same address for every name."""
+
+    def __missing__(self, name: str) -> int:
+        return ANY_ADDRESS

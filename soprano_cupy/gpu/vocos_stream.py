@@ -30,9 +30,11 @@ logger = logging.getLogger(__name__)
 
 Array = Any  # cupy.ndarray or numpy.ndarray
 
-CHUNK_TOKENS = 32  # of one voice in one run; longer pushes take several
-STREAM_CLASSES = (4, 16, 64)  # most frames of a program; beyond, what the table holds
-FIRST_CLASSES = STREAM_CLASSES[:2]  # programs made at once, as every voice needs them
+# Frames of one run. Up to here one kind of kernel serves the products, whose sums do not vary with the number of rows:
+# a voice has the same bits whatever the sizes of its pushes. Longer pushes take several runs.
+MOST_ROWS = 64
+LEAST_CHUNK = 4  # tokens of a run, for decoders whose windows reach so far that these are more than MOST_ROWS
+STREAM_CLASSES = (4, 16)  # most frames of a program; beyond, what the table holds. Every voice needs these two
 
 
 class StreamTable:
@@ -47,10 +49,12 @@ class StreamTable:
         self.config, self._plan, self._slots, self._device = config, plan, slots, device
         self.lag = margins(config).total
         self.waiting_tokens = -(-(self.lag + FIRST_HOP) // FRAMES_PER_TOKEN) + 1  # at most, without a sample of theirs
-        rows = FRAMES_PER_TOKEN * (CHUNK_TOKENS + self.waiting_tokens) + self.lag + 1
+        spare = FRAMES_PER_TOKEN * self.waiting_tokens + self.lag + 1
+        self.chunk_tokens = max(LEAST_CHUNK, (MOST_ROWS - spare) // FRAMES_PER_TOKEN)  # of one voice in one run
+        rows = max(MOST_ROWS, FRAMES_PER_TOKEN * self.chunk_tokens + spare)
         self._capacity = Capacity(rows=rows, tokens=rows, pieces=slots, spans=slots)
         history = -(-2 * (config.embed_kernel // 2) // FRAMES_PER_TOKEN) + 2  # states that a push needs of those before
-        self.ring = 1 << (CHUNK_TOKENS + self.waiting_tokens + history - 1).bit_length()
+        self.ring = 1 << (self.chunk_tokens + self.waiting_tokens + history - 1).bit_length()
         tables = vocos_plan.table_specs(self._capacity)
         specs = tables | vocos_plan.activation_specs(config, self._capacity)
         specs |= vocos_plan.stream_specs(config, self._capacity, slots)
@@ -67,7 +71,7 @@ class StreamTable:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._entered, self._left = program.Event(), program.Event()
         cupy.cuda.get_current_stream().synchronize()  # the arena is zeroed in its order
-        for frames in FIRST_CLASSES:
+        for frames in STREAM_CLASSES:
             self._program(frames)
         logger.info("decoder: %d streams, %.0f MB", slots, self.nbytes / 1e6)
 
@@ -85,7 +89,7 @@ class StreamTable:
         self._free.append(slot)
 
     def put(self, slot: int, first: int, states: Array) -> None:
-        """Append states (n, input_size), at most CHUNK_TOKENS, to a voice that has `first` already."""
+        """Append states (n, input_size), at most `chunk_tokens`, to a voice that has `first` already."""
         on_host = module_of(states) is np
         if not on_host:
             self._wait_for_caller()
@@ -180,8 +184,8 @@ class GpuStream(DecoderStream):
             raise ParameterError(f"states of shape {states.shape} must be (n, {self._table.config.input_size})")
         pieces = []
         with self._decoder.turn():
-            for start in range(0, len(states), CHUNK_TOKENS):
-                chunk = states[start : start + CHUNK_TOKENS]
+            for start in range(0, len(states), self._table.chunk_tokens):
+                chunk = states[start : start + self._table.chunk_tokens]
                 self._table.put(self._slot, self._put, chunk)
                 self._put += len(chunk)
                 pieces.append(self._run(ends=False))

@@ -138,39 +138,48 @@ def build_tables(pieces: Sequence[Piece], hops_of_a_block: int) -> Tables:
     segments["ring"], segments["rows"], segments["history"] = ring, rows, history
     segments["token_shift"] = first_token_row - first_token
     row_table = np.empty((int(rows.sum()), 4), np.int32)
-    row_table[:, 0] = np.repeat(np.arange(len(pieces)), rows)
-    row_table[:, 1] = np.arange(len(row_table)) - np.repeat(first_row, rows)
+    row_table[:, 0], row_table[:, 1] = _numbered(rows)
     row_table[:, 2] = row_table[:, 1] + np.repeat(first_frame, rows)
     row_table[:, 3] = np.repeat(frames, rows)
     token_table = np.empty((int(tokens.sum()), 2), np.int32)
-    token_table[:, 0] = np.repeat(np.arange(len(pieces)), tokens)
-    token_table[:, 1] = np.arange(len(token_table)) - np.repeat(first_token_row - first_token, tokens)
-    spans = [_spans(piece, int(row), hops_of_a_block) for piece, row in zip(pieces, first_row, strict=True)]
-    return Tables(segments, token_table, row_table, np.concatenate(spans))
+    token_table[:, 0], token_table[:, 1] = _numbered(tokens)
+    token_table[:, 1] += np.repeat(first_token, tokens)
+    if pieces[0].history >= 0:
+        spans = [_stream_span(piece, row) for piece, row in zip(pieces, first_row.tolist(), strict=True)]
+        return Tables(segments, token_table, row_table, np.array(spans, np.int32))
+    return Tables(segments, token_table, row_table, _whole_spans(pieces, first_row, hops_of_a_block))
 
 
-def _spans(piece: Piece, first_row: int, hops_of_a_block: int) -> np.ndarray:
-    """(n, 8) int32: the thread blocks that make a piece's hops, as `VocosSpan` has its fields."""
-    if piece.history >= 0:
-        first = piece.first_frame - piece.lag
-        opened = piece.history
-        if not piece.resumes:  # nothing is before frame 0
-            first_row, first, opened = first_row - first, 0, -1
-        return np.array(
-            [[first_row, first, piece.first_hop, piece.end_hop, piece.frames, opened, piece.history ^ 1, piece.output]],
-            np.int32,
-        )
-    hops = np.arange(piece.first_hop, piece.end_hop, hops_of_a_block)
-    spans = np.empty((len(hops), 8), np.int32)
-    first_frames = hops - (PARTS - 1)
-    spans[:, 0] = first_row + first_frames - piece.first_frame
-    spans[:, 1] = first_frames
-    spans[:, 2] = hops
-    spans[:, 3] = np.minimum(hops + hops_of_a_block, piece.end_hop)
-    spans[:, 4] = piece.frames
+def _numbered(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For `counts` items of each group, one after the other: the group of each, and its number in the group."""
+    group = np.repeat(np.arange(len(counts)), counts)
+    return group, np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _whole_spans(pieces: Sequence[Piece], first_row: np.ndarray, hops_of_a_block: int) -> np.ndarray:
+    """(n, 8) int32: the thread blocks that make the pieces' hops, as `VocosSpan` has its fields."""
+    columns = np.array([(p.first_hop, p.end_hop, p.first_frame, p.frames, p.output) for p in pieces], np.int64)
+    first_hop, end_hop, first_frame, frames, output = columns.T
+    piece, number = _numbered(-(-(end_hop - first_hop) // hops_of_a_block))
+    behind = number * hops_of_a_block  # hops of the piece before the block's
+    hop = first_hop[piece] + behind
+    spans = np.empty((len(piece), 8), np.int32)
+    spans[:, 0] = (first_row - first_frame)[piece] + hop - (PARTS - 1)
+    spans[:, 1] = hop - (PARTS - 1)
+    spans[:, 2] = hop
+    spans[:, 3] = np.minimum(hop + hops_of_a_block, end_hop[piece])
+    spans[:, 4] = frames[piece]
     spans[:, 5:7] = -1
-    spans[:, 7] = piece.output + hops - piece.first_hop
+    spans[:, 7] = output[piece] + behind
     return spans
+
+
+def _stream_span(piece: Piece, first_row: int) -> tuple[int, ...]:
+    """The one thread block of a stream's piece."""
+    first, opened = piece.first_frame - piece.lag, piece.history
+    if not piece.resumes:  # nothing is before frame 0
+        first_row, first, opened = first_row - first, 0, -1
+    return first_row, first, piece.first_hop, piece.end_hop, piece.frames, opened, piece.history ^ 1, piece.output
 
 
 class Progress(NamedTuple):
