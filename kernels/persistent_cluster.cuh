@@ -3,7 +3,7 @@
 // exchange of the attention's shares, so nobody can be two uses ahead.
 #pragma once
 
-#include "persistent_device.cuh"
+#include "persistent_watch.cuh"
 #include "persistent_sizes.cuh"
 
 constexpr int RECEIVERS = RANKS;  // that a rank sends to
@@ -28,7 +28,7 @@ struct Exchange {
                 address_in(base + exchange_barrier(exchange), receiver));
     }
     DEVICE void send(int exchange, unsigned at, int receiver, float v) const {
-        send_4(address_in(base + exchange_at(exchange) + at, receiver), __float_as_uint(v),
+        send_4(address_in(base + exchange_at(exchange) + at, receiver), float_to_bits(v),
                address_in(base + exchange_barrier(exchange), receiver));
     }
 

@@ -1,8 +1,5 @@
 // What kernels that stay on the GPU for many tokens ask of the hardware beside device.cuh: barriers in shared memory that
-// count bytes, bulk copies, stores into other blocks of a cluster, words that carry their own flag, and spins that end.
-//
-// Nothing here traps: a wait that takes too long leaves a code in the error word, every wait of every block then returns
-// at once, and the launch ends by itself with wrong numbers that nobody reads.
+// count bytes, bulk copies, stores into other blocks of a cluster, and words that carry their own flag.
 #ifndef SOPRANO_PERSISTENT_DEVICE_CUH
 #define SOPRANO_PERSISTENT_DEVICE_CUH
 
@@ -129,36 +126,3 @@ DEVICE long long clock_cycles() { return clock64(); }
 DEVICE void pause() {}  // a thread that waits lets others run: nothing to do on a GPU
 
 #endif
-
-// ---- spins that end ----
-
-#ifndef SPIN_LIMIT_CYCLES
-#define SPIN_LIMIT_CYCLES 40000000  // about 20 ms: a thousand times what a whole token takes
-#endif
-
-// Where a spin that gives up leaves its mark.
-struct Watch {
-    unsigned* error;      // global word of the launch, 0 while all is well
-    unsigned dead;        // shared word of the block: 1 once a wait of the launch has given up
-
-    DEVICE bool is_dead() const { return load_shared<unsigned>(dead) != 0; }
-
-    DEVICE void give_up(unsigned code) const {
-        store_shared<unsigned>(dead, 1u);
-        if (lane_index() == 0 && load_flag(error) == 0) store_flag(error, code);
-    }
-};
-
-// Waits until ready() holds in every lane of the warp, or the launch is given up. `code` names the wait.
-template <typename Ready> DEVICE void spin_until(const Watch& watch, unsigned code, Ready ready) {
-    if (all_lanes(ready())) return;
-    if (all_lanes(watch.is_dead())) return;
-    const long long start = clock_cycles();
-    for (unsigned turn = 1;; ++turn) {
-        pause();
-        if (all_lanes(ready())) return;
-        if (turn % 64 != 0) continue;
-        const bool over = watch.is_dead() || clock_cycles() - start > SPIN_LIMIT_CYCLES || load_flag(watch.error) != 0;
-        if (!all_lanes(!over)) return watch.give_up(code);
-    }
-}

@@ -84,7 +84,7 @@ struct Worker {
             return;
         }
         Word* words = p.words + which * CLUSTERS * HIDDEN + row();
-        if (owns_row()) store_word(words + cluster * HIDDEN, make_word(__float_as_uint(mine), number));
+        if (owns_row()) store_word(words + cluster * HIDDEN, make_word(float_to_bits(mine), number));
         Word heard[CLUSTERS];
         const unsigned expected = number;
         spin_until(ring.watch, 8 + which, [&] {
@@ -99,7 +99,7 @@ struct Worker {
         });
         float sum = 0.0f;
 #pragma unroll
-        for (int c = 0; c < CLUSTERS; ++c) sum += c == cluster ? mine : __uint_as_float(word_value(heard[c]));
+        for (int c = 0; c < CLUSTERS; ++c) sum += c == cluster ? mine : bits_to_float(static_cast<int>(word_value(heard[c])));
         residual += sum;
     }
 
@@ -139,8 +139,8 @@ struct Worker {
             if (unit >= qkv.count() * 4 || to >= RECEIVERS) continue;
             float4 v = row_sums(base, unit * 4);
             v.x *= factor, v.y *= factor, v.z *= factor, v.w *= factor;
-            const uint4 bits = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z),
-                                          __float_as_uint(v.w));
+            const uint4 bits = make_uint4(float_to_bits(v.x), float_to_bits(v.y), float_to_bits(v.z),
+                                          float_to_bits(v.w));
             exchange.send(EX_QKV, qkv.begin * TILE * 4 + unit * 16, to, bits);
         }
     }
@@ -217,14 +217,14 @@ struct Worker {
             sum += weight * sums[w];
             v.x += weight * part.x, v.y += weight * part.y, v.z += weight * part.z, v.w += weight * part.w;
         }
-        const uint4 bits = make_uint4(__float_as_uint(v.x), __float_as_uint(v.y), __float_as_uint(v.z),
-                                      __float_as_uint(v.w));
+        const uint4 bits = make_uint4(float_to_bits(v.x), float_to_bits(v.y), float_to_bits(v.z),
+                                      float_to_bits(v.w));
         const unsigned to_share = rank * OUT_STRIDE * 4;
 #pragma unroll
         for (int to = threadIdx.x / UNITS; to < RECEIVERS; to += CONSUMERS / UNITS)
             exchange.send(EX_ATTENDED, to_share + unit * 16, to, bits);
         if (threadIdx.x >= 32) return;
-        const uint4 state = make_uint4(__float_as_uint(largest), __float_as_uint(sum), 0u, 0u);
+        const uint4 state = make_uint4(float_to_bits(largest), float_to_bits(sum), 0u, 0u);
 #pragma unroll
         for (int to = threadIdx.x; to < RECEIVERS; to += 32)
             exchange.send(EX_ATTENDED, to_share + OUT_DIMS * 4, to, state);

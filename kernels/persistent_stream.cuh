@@ -3,7 +3,7 @@
 // so that a warp's share of the depth is one run.
 #pragma once
 
-#include "persistent_device.cuh"
+#include "persistent_watch.cuh"
 #include "persistent_sizes.cuh"
 
 // A chunk's place in the ring and the parity of its arrival.

@@ -5,7 +5,7 @@
 // grid, an atomic counter.
 #pragma once
 
-#include "persistent_device.cuh"
+#include "persistent_watch.cuh"
 #include "persistent_sizes.cuh"
 
 static_assert(CLUSTERS == 1, "one group of blocks");
@@ -46,7 +46,7 @@ struct Exchange {
     }
     DEVICE void send(int exchange, unsigned at, int, float v) const {
 #if WORD_BYTES > 0
-        store_word(words + words_before(exchange) + at / 4, make_word(__float_as_uint(v), counts[exchange] + 1));
+        store_word(words + words_before(exchange) + at / 4, make_word(float_to_bits(v), counts[exchange] + 1));
 #else
         reinterpret_cast<float*>(words)[words_before(exchange) + at / 4] = v;
 #endif

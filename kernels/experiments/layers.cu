@@ -1,7 +1,7 @@
 // Layers of one token, one behind the other, by a grid that stays: what benchmarks/exchange.py checks and times.
 //
 // TRANSPORT 0: clusters (persistent_cluster.cuh). 1: one group of blocks through global memory (flat_exchange.cuh).
-#include "persistent_device.cuh"
+#include "persistent_watch.cuh"
 #include "persistent_sizes.cuh"
 #if TRANSPORT == 0
 #include "persistent_cluster.cuh"

@@ -2,7 +2,7 @@
 //
 // WORD_BYTES 8 or 16: bytes of a store, each 4 bytes of data with the number of the round. HELD: loads that a thread keeps
 // under way for one word.
-#include "persistent_device.cuh"
+#include "persistent_watch.cuh"
 
 constexpr int THREADS = 256;
 
@@ -30,10 +30,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) words(const __grid_cons
         for (int i = begin / PER * PER + threadIdx.x * PER; i < end; i += THREADS * PER) {
             const float value = load_shared<float>(base + i * 4) + 1.0f;
             if (PER == 1) {
-                store_word(to + i, make_word(__float_as_uint(value), number));
+                store_word(to + i, make_word(float_to_bits(value), number));
             } else {
                 const float next = load_shared<float>(base + i * 4 + 4) + 1.0f;
-                store_words(to + i, make_word(__float_as_uint(value), number), make_word(__float_as_uint(next), number));
+                store_words(to + i, make_word(float_to_bits(value), number), make_word(float_to_bits(next), number));
             }
         }
         Word heard[MOST][2];
