@@ -38,6 +38,12 @@ public:
         if (_setjmp(self.context) == 0) resume(next);
     }
 
+    // Lets the others run and goes on.
+    void yield() {
+        const int next = find_runnable();
+        if (next != current_ && _setjmp(states_[current_].context) == 0) resume(next);
+    }
+
     // Gives every fiber up and returns from run().
     [[noreturn]] void abandon() { _longjmp(host_, 1); }
 
