@@ -17,7 +17,7 @@
 
 constexpr int FRAMES_PER_TOKEN = 4;
 constexpr int MARGIN = BLOCK_KERNEL / 2;
-constexpr int STATE_THREADS = 128;
+constexpr int STATE_THREADS = 128, STATE_WARPS = STATE_THREADS / WARP_LANES;
 
 DEVICE VocosRow load_row(const VocosRow* table, int row) {
     const uint4 v = load_global_fresh<uint4>(table + row);
@@ -46,50 +46,54 @@ DEVICE float4 interpolate4(float4 left, float4 right, int part) {
                        interpolate(left.z, right.z, part), interpolate(left.w, right.w, part));
 }
 
-DEVICE float4 load_state(const VocosSegment& segment, int token, int column) {
-    return load_global_fresh<float4>(segment.states + static_cast<long long>(token % segment.ring) * INPUT_SIZE +
-                                     column);
+DEVICE const float* state_of(const VocosSegment& segment, int token) {
+    return segment.states + static_cast<long long>(token % segment.ring) * INPUT_SIZE;
 }
 
 DEVICE uint2 to_elements(float4 v) { return make_uint2(pack2(v.x, v.y), pack2(v.z, v.w)); }
 
-// output[row] = state of the row's token.
+// output[row] = state of the row's token. A warp takes a row at a time.
 extern "C" __global__ void __launch_bounds__(STATE_THREADS)
     vocos_states(const __grid_constant__ VocosRowsParams params) {
     grid_dependency_launch();
     grid_dependency_wait();
-    constexpr int COLUMNS = INPUT_SIZE / 4;
-    for (int i = threadIdx.x; i < ROWS * COLUMNS; i += STATE_THREADS) {
-        const int row = blockIdx.x * ROWS + i / COLUMNS, column = i % COLUMNS * 4;
+    for (int i = warp_index(); i < ROWS; i += STATE_WARPS) {
+        const int row = blockIdx.x * ROWS + i;
         if (row >= params.rows) break;
         const uint2 token = load_global_fresh<uint2>(params.tokens + row);
         if (static_cast<int>(token.y) < 0) continue;
         const VocosSegment segment = load_segment(params.segments, static_cast<int>(token.x));
+        const float* state = state_of(segment, static_cast<int>(token.y));
         Element* out = static_cast<Element*>(params.output) + static_cast<long long>(row) * params.output_stride;
-        store_global(out + column, to_elements(load_state(segment, static_cast<int>(token.y), column)));
+#pragma unroll 4
+        for (int column = 4 * lane_index(); column < INPUT_SIZE; column += 4 * WARP_LANES) {
+            store_global(out + column, to_elements(load_global_fresh<float4>(state + column)));
+        }
     }
 }
 
-// output[row] = the frames frame - EMBED_KERNEL / 2 and on, zeros outside the voice.
+// output[row] = the frames frame - EMBED_KERNEL / 2 and on, zeros outside the voice. A warp takes a frame at a time.
 extern "C" __global__ void __launch_bounds__(STATE_THREADS)
     vocos_windows(const __grid_constant__ VocosRowsParams params) {
     grid_dependency_launch();
     grid_dependency_wait();
-    constexpr int COLUMNS = INPUT_SIZE / 4, WINDOW = EMBED_KERNEL * COLUMNS;
-    for (int i = threadIdx.x; i < ROWS * WINDOW; i += STATE_THREADS) {
-        const int number = blockIdx.x * ROWS + i / WINDOW, tap = i % WINDOW / COLUMNS, column = i % COLUMNS * 4;
+    for (int i = warp_index(); i < ROWS * EMBED_KERNEL; i += STATE_WARPS) {
+        const int number = blockIdx.x * ROWS + i / EMBED_KERNEL, tap = i % EMBED_KERNEL;
         if (number >= params.rows) break;
         const VocosRow row = load_row(params.table, number);
+        const VocosSegment segment = load_segment(params.segments, row.segment);
         const int frame = row.frame - params.lag + tap - EMBED_KERNEL / 2;
-        float4 value = zero4();
-        if (frame >= 0 && frame < row.frames) {
-            const VocosSegment segment = load_segment(params.segments, row.segment);
-            const int token = frame / FRAMES_PER_TOKEN, part = frame % FRAMES_PER_TOKEN;
-            value = load_state(segment, token, column);
-            if (part > 0) value = interpolate4(value, load_state(segment, token + 1, column), part);
-        }
+        const bool exists = frame >= 0 && frame < row.frames;
+        const int token = exists ? frame / FRAMES_PER_TOKEN : 0, part = exists ? frame % FRAMES_PER_TOKEN : 0;
+        const float* left = state_of(segment, token);
+        const float* right = state_of(segment, token + 1);
         Element* out = static_cast<Element*>(params.output) + static_cast<long long>(number) * params.output_stride;
-        store_global(out + tap * INPUT_SIZE + column, to_elements(value));
+#pragma unroll 4
+        for (int column = 4 * lane_index(); column < INPUT_SIZE; column += 4 * WARP_LANES) {
+            float4 value = exists ? load_global_fresh<float4>(left + column) : zero4();
+            if (part > 0) value = interpolate4(value, load_global_fresh<float4>(right + column), part);
+            store_global(out + tap * INPUT_SIZE + column, to_elements(value));
+        }
     }
 }
 

@@ -189,7 +189,7 @@ def spectrum_and_samples(n_fft: int, count: int, turns: float) -> tuple[np.ndarr
 FFT_ERROR = 10 * 2.0**-24
 
 
-@pytest.mark.parametrize(("n_fft", "frames"), [(64, 4), (64, 1), (128, 4), (256, 2), (512, 4), (2048, 4)])
+@pytest.mark.parametrize(("n_fft", "frames"), [(64, 4), (64, 1), (128, 4), (256, 2), (512, 4), (2048, 4), (4096, 2)])
 @pytest.mark.parametrize("turns", [1.0, 1e4])
 def test_inverse_transform(n_fft: int, frames: int, turns: float) -> None:
     """Every last radix (2, 4 and 8), phases of any size, edges, and numbers of frames that are no multiple of four."""

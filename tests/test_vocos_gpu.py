@@ -178,6 +178,9 @@ def test_states_of_any_float_dtype(published: Any, cp: Any) -> None:
             np.testing.assert_array_equal(decoder.decode_many([place(states.astype(dtype))])[0], expected)
     strided = cp.asarray(np.repeat(states, 2, 1))[:, ::2]
     np.testing.assert_array_equal(decoder.decode(strided[None]).get()[0], expected)
+    shifted = cp.zeros(states.size + 1, cp.float32)[1:].reshape(states.shape)  # not aligned to 16 bytes
+    shifted[...] = cp.asarray(states)
+    np.testing.assert_array_equal(decoder.decode_many([shifted])[0], expected)
 
 
 def test_order_with_the_callers_streams(published: Any, cp: Any) -> None:

@@ -33,6 +33,7 @@ MIN_CAPABILITY = (7, 5)  # the first with float16 matrix instructions of 16 x 8 
 # Frames of a slice for each multiprocessor. Tiles of 128 x 128 outputs then come out even on 132 of them: 66 tiles of
 # rows times 18, 6 and 16 of features are 9, 3 and 8 whole rounds at the 80M model's sizes.
 SLICE_ROWS_EACH = 64
+ALIGNMENT = 16  # bytes; of states, for the kernels
 STREAM_SLOTS = 8  # voices of one table
 
 
@@ -241,7 +242,11 @@ class GpuDecoder(DecoderRunner):
         """States as contiguous float32 on our device."""
         import cupy
 
+        if getattr(getattr(states, "device", None), "id", self._index) != self._index:
+            states = states.get()  # of another GPU
         array = cupy.ascontiguousarray(cupy.asarray(states, np.float32))
+        if int(array.data.ptr) % ALIGNMENT:
+            array = array.copy()
         least = 2 if axes == 3 else 0
         if array.ndim != axes or array.shape[-1] != self.config.input_size or array.shape[-2] < least:
             form = "(B, T, {})" if axes == 3 else "(T, {})"
