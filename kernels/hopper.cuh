@@ -5,6 +5,8 @@
 // tensor-map copy with the 128-byte swizzle writes it: the 16-byte chunk c of row r lies at
 // panel + 128 * r + 16 * (c ^ (r & 7)). Panels start on multiples of 1024 bytes.
 #pragma once
+#ifndef SOPRANO_HOPPER_CUH  // kernels/emulation/hopper.cuh may have taken this file's place
+#define SOPRANO_HOPPER_CUH
 
 using u32 = unsigned int;
 using u64 = unsigned long long;
@@ -251,3 +253,5 @@ __device__ __forceinline__ u32 pack_pair(float low, float high) {
 #endif
     return packed;
 }
+
+#endif  // SOPRANO_HOPPER_CUH

@@ -23,6 +23,7 @@
 
 struct LinearHopperParams {
     LinearParams linear;
+    unsigned char unused[128 - sizeof(LinearParams)];
     TensorMap input;    // (rows or more, depth); boxes of TILE_ROWS x 64, swizzled
     TensorMap weights;  // (packed tiles, depth / 16, 256); boxes of PACKED_TILES x 4 x 256
 };
@@ -96,7 +97,7 @@ __device__ __forceinline__ void measure_rows(const LinearParams& p, const Shared
 #pragma unroll 1
     for (int turn = 0, tile; (tile = schedule.tile(turn)) < schedule.tiles; ++turn) {
         const int slot = turn % FACTOR_SLOTS;
-        mbarrier_wait(smem.factors_empty(slot), turn / FACTOR_SLOTS & 1 ^ 1);
+        mbarrier_wait(smem.factors_empty(slot), (turn / FACTOR_SLOTS & 1) ^ 1);
         const int first_row = schedule.first_row(tile);
 #pragma unroll 1
         for (int start = first; start < TILE_ROWS; start += BATCH * ROWS) {
@@ -140,7 +141,8 @@ __device__ __forceinline__ void load_fragments(Fragments& a, u32 address) {
         }
 }
 
-__device__ __forceinline__ void consume(const LinearParams& p, const Shared smem, const Schedule schedule, int consumer) {
+__device__ __forceinline__ void consume(const LinearParams& p, const Shared smem, const Schedule schedule,
+                                        int consumer) {
     const int group = consumer / WARPGROUPS, member = consumer % WARPGROUPS;
     const int warp = threadIdx.x % WARPGROUP / 32, lane = threadIdx.x % 32;
     const bool leader = lane == 0;
@@ -193,7 +195,9 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
 
         const int factor_slot = turn % FACTOR_SLOTS;
         if (p.square_sums) mbarrier_wait(smem.factors_full(factor_slot), turn / FACTOR_SLOTS & 1);
-        end.finish(p, place, smem.staging + consumer * STAGING_BYTES, smem.factor(factor_slot, 0), 1 + consumer, d_rmem);
+        end.finish(p, place, smem.staging + consumer * STAGING_BYTES, smem.factor(factor_slot, 0), 1 + consumer,
+                   d_rmem);
+        __syncwarp();  // all lanes have read the factors
         if (p.square_sums && leader) mbarrier_arrive(smem.factors_empty(factor_slot));
     }
 }

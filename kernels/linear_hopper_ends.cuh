@@ -109,8 +109,9 @@ struct FloatEnd {
                 const float4 sums = load_shared<float4>(read + 8 * k * STAGED_ROW_BYTES);
                 const float factor = NORM ? load_shared<float>(factors + 4 * tile_row) : 1.0f;
                 const float4 before = NEEDS_RESIDUAL ? residual[part % PARTS_AHEAD][k] : make_float4(0, 0, 0, 0);
-                float value[4] = {fmaf(sums.x, factor, bias[n][0]) + before.x, fmaf(sums.y, factor, bias[n][1]) + before.y,
-                                  fmaf(sums.z, factor, bias[n][2]) + before.z, fmaf(sums.w, factor, bias[n][3]) + before.w};
+                float value[4] = {
+                    fmaf(sums.x, factor, bias[n][0]) + before.x, fmaf(sums.y, factor, bias[n][1]) + before.y,
+                    fmaf(sums.z, factor, bias[n][2]) + before.z, fmaf(sums.w, factor, bias[n][3]) + before.w};
                 write_row(p, place.row + tile_row, feature, gain[n], value);
             }
             if (part + PARTS_AHEAD < PARTS) request(p, place, part + PARTS_AHEAD);
@@ -150,8 +151,8 @@ struct FloatEnd {
             store_floats(p.residual + static_cast<long long>(row) * p.residual_stride + feature, value, left, 4);
         } else if (inside) {
             const int alignment = !RAGGED || p.output_stride % 4 == 0 ? 4 : p.output_stride % 2 == 0 ? 2 : 1;
-            store_floats(static_cast<float*>(p.output) + static_cast<long long>(row) * p.output_stride + feature, value, left,
-                         alignment);
+            store_floats(static_cast<float*>(p.output) + static_cast<long long>(row) * p.output_stride + feature, value,
+                         left, alignment);
         }
     }
 
@@ -187,12 +188,6 @@ __device__ __forceinline__ constexpr u32 staged_chunk(int row, int chunk) {
     return row * CHUNKS_A_ROW * 16 + ((chunk ^ (row & 7)) << 4);
 }
 
-__device__ __forceinline__ float reciprocal(float x) {
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 // x Phi(x) = max(x, 0) - |x| Q(|x|), where Q(x) = erfc(x / sqrt 2) / 2 = (b1 t + ... + b5 t^5) exp(-x^2 / 2) with
 // t = 1 / (1 + c x), to 7.5e-8 (Abramowitz and Stegun, 26.2.17); |x| Q stays small where the result is. No branches.
 __device__ __forceinline__ float gelu_fast(float x) {
@@ -207,7 +202,9 @@ __device__ __forceinline__ float gelu_fast(float x) {
     return fmaf(-size * t, sum * density, fmaxf(x, 0.0f));
 }
 
-__device__ __forceinline__ float silu_fast(float x) { return x * reciprocal(1.0f + exp2_fast(-1.44269504088896341f * x)); }
+__device__ __forceinline__ float silu_fast(float x) {
+    return x * reciprocal(1.0f + exp2_fast(-1.44269504088896341f * x));
+}
 
 struct ElementEnd {
     float bias[PRODUCTS][2];
@@ -217,22 +214,23 @@ struct ElementEnd {
         for (int n = 0; n < PRODUCTS; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i)
-                bias[n][i] = value_at(p.bias, place.warp_feature + n * TILE_FEATURES + threadIdx.x % 32 / 4 + 8 * i,
-                                      p.features);
+                bias[n][i] =
+                    value_at(p.bias, place.warp_feature + n * TILE_FEATURES + threadIdx.x % 32 / 4 + 8 * i, p.features);
     }
 
     // Outputs of a lane at rows 8 j + 2 t and the next: of feature g + 8 i (GELU), or of gate g and up g (SWIGLU).
     __device__ __forceinline__ u32 pair(const float (&d)[ACCUMULATORS], int n, int j, int i, float2 factor) const {
         const int at = 4 * j + 2 * i;
         if (END == END_GELU)
-            return pack2(gelu_fast(fmaf(d[at], factor.x, bias[n][i])), gelu_fast(fmaf(d[at + 1], factor.y, bias[n][i])));
+            return pack2(gelu_fast(fmaf(d[at], factor.x, bias[n][i])),
+                         gelu_fast(fmaf(d[at + 1], factor.y, bias[n][i])));
         const float first = silu_fast(fmaf(d[at], factor.x, bias[n][0])) * fmaf(d[at + 2], factor.x, bias[n][1]);
         const float second = silu_fast(fmaf(d[at + 1], factor.y, bias[n][0])) * fmaf(d[at + 3], factor.y, bias[n][1]);
         return pack2(first, second);
     }
 
-    __device__ __forceinline__ void finish(const LinearParams& p, const Place& place, u32 staging, u32 factors, int barrier,
-                                           const float (&d)[PRODUCTS][ACCUMULATORS]) {
+    __device__ __forceinline__ void finish(const LinearParams& p, const Place& place, u32 staging, u32 factors,
+                                           int barrier, const float (&d)[PRODUCTS][ACCUMULATORS]) {
         const int thread = threadIdx.x % WARPGROUP, warp = thread / 32, lane = thread % 32;
         const int matrix = lane / 8, matrix_row = lane % 8;
         const int columns = p.features / (END == END_SWIGLU ? 2 : 1);  // of the output
@@ -274,7 +272,8 @@ struct ElementEnd {
     }
 
     // Eight columns of a row, or as many as there are.
-    __device__ __forceinline__ static void write_chunk(const LinearParams& p, int row, int column, int count, uint4 words) {
+    __device__ __forceinline__ static void write_chunk(const LinearParams& p, int row, int column, int count,
+                                                       uint4 words) {
         Element* out = static_cast<Element*>(p.output) + static_cast<long long>(row) * p.output_stride + column;
         if (count >= 8) {
             store_global<uint4>(out, words);

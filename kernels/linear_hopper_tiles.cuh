@@ -4,14 +4,14 @@
 #include "linear_params.cuh"
 #include "hopper.cuh"
 
-constexpr int CONSUMERS = GROUPS * WARPGROUPS;                // warpgroups that compute
-constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;          // warpgroup 0: one copying thread, three warps for the norm
-constexpr int WARP_FEATURES = PRODUCTS * TILE_FEATURES;       // neighbours, so that a warp stores long pieces of a row
+constexpr int CONSUMERS = GROUPS * WARPGROUPS;           // warpgroups that compute
+constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;     // warpgroup 0: one copying thread, three warps for the norm
+constexpr int WARP_FEATURES = PRODUCTS * TILE_FEATURES;  // neighbours, so that a warp stores long pieces of a row
 constexpr int WARPGROUP_FEATURES = 4 * WARP_FEATURES;
 constexpr int BLOCK_FEATURES = WARPGROUPS * WARPGROUP_FEATURES;  // of a tile
 constexpr int PACKED_TILES = BLOCK_FEATURES / TILE_FEATURES;
 constexpr int GROUP_WARPS = WARPGROUPS * WARPGROUP / 32;
-constexpr int STEP_PRODUCTS = DEPTH_STEP / 16;  // a stage of the ring is DEPTH_STEP deep
+constexpr int STEP_PRODUCTS = DEPTH_STEP / 16;                    // a stage of the ring is DEPTH_STEP deep
 constexpr int STAGE_PARTS = PRODUCTS * TILE_ROWS >= 256 ? 4 : 2;  // whose weights are in registers by turns
 constexpr int PART_PRODUCTS = STEP_PRODUCTS / STAGE_PARTS;
 

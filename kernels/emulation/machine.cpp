@@ -7,6 +7,9 @@
 #include <cstdio>
 #include <cstring>
 #include <deque>
+#include <map>
+#include <unordered_map>
+#include <utility>
 
 #include "fibers.hpp"
 #include "formats.hpp"
@@ -41,22 +44,43 @@ struct Warp {
 
 struct Barrier {
     std::vector<int> waiting;
-    int expected = 0;
+    int expected = 0, arrived = 0;                 // threads in all; of those, how many do not wait
+    std::vector<std::uint32_t> joining;            // clocks of those, see SharedMemory
 };
 
-// A cluster's barrier in two halves: what a warp did before it arrived is ordered before what others do after they waited.
+struct Mbarrier {
+    int expected = 0, pending = 0;
+    long bytes = 0;  // announced and not yet there
+    unsigned phases = 0;  // completed
+    std::vector<int> waiting;
+    std::vector<std::uint32_t> joining, released;
+};
+
+// A cluster's barrier in two halves, which orders no memory.
 struct ClusterPhase {
     int completed = 0, arrived = 0;
-    std::vector<int> lanes, waiting;               // lanes of each warp that have arrived; threads that wait
-    std::vector<std::uint32_t> joining, released;  // clocks, see SharedMemory
+    std::vector<int> waiting;
+};
+
+// A barrier that counts bytes.
+struct Transfer {
+    bool expected = false;
+    long long missing = 0;              // bytes expected and not here yet; below 0 before they are expected
+    std::vector<int> waiting;           // threads
+    std::vector<std::uint32_t> clocks;  // of the senders, see SharedMemory
+
+    bool done() const { return expected && missing == 0; }
 };
 
 struct Machine {
     Fibers fibers;
     ClusterPhase phase;
+    std::map<std::pair<int, unsigned>, Transfer> transfers;  // by block and shared address
     SharedMemory shared;
     std::vector<Thread> threads;
     std::vector<Warp> warps;
+    std::map<std::pair<int, unsigned>, Mbarrier> mbarriers;  // by block and address
+    std::unordered_map<unsigned long long, std::vector<std::uint32_t>> signals;
     std::vector<Barrier> barriers;  // BARRIERS for each block; one for the cluster at the end
     const Options* options = nullptr;
     ParameterBlock params;
@@ -119,19 +143,47 @@ template <typename Finish> void meet_warp(const char* operation, int detail, voi
     for (int lane = 0; lane < LANES; ++lane) machine.fibers.wake(first + lane);
 }
 
-void meet_barrier(Barrier& barrier, int expected, const char* name) {
-    if (!barrier.waiting.empty() && barrier.expected != expected)
+// Whether this thread is the last to come.
+bool is_last(Barrier& barrier, int expected, const char* name) {
+    const int there = int(barrier.waiting.size()) + barrier.arrived;
+    if (there > 0 && barrier.expected != expected)
         fail("%s: one thread waits for %d threads, another for %d", name, barrier.expected, expected);
     barrier.expected = expected;
-    barrier.waiting.push_back(machine.thread());
-    if (int(barrier.waiting.size()) < expected) return machine.fibers.block(name);
+    return there + 1 == expected;
+}
+
+void open_barrier(Barrier& barrier) {
     std::vector<int> warps;
     for (int thread : barrier.waiting) {
         if (thread % LANES == 0) warps.push_back(thread / LANES);
         machine.fibers.wake(thread);
     }
-    barrier.waiting.clear();
     machine.shared.sync_warps(warps);
+    if (barrier.arrived > 0)
+        for (int warp : warps) machine.shared.acquire(warp, barrier.joining);
+    barrier = Barrier{};
+}
+
+void meet_barrier(Barrier& barrier, int expected, const char* name) {
+    const bool last = is_last(barrier, expected, name);
+    barrier.waiting.push_back(machine.thread());
+    if (!last) return machine.fibers.block(name);
+    open_barrier(barrier);
+}
+
+Mbarrier& mbarrier_at(unsigned address) {
+    const auto found = machine.mbarriers.find({machine.block(), address});
+    if (found == machine.mbarriers.end()) fail("there is no mbarrier at %u", address - SHARED_BASE);
+    return found->second;
+}
+
+void complete_if_due(Mbarrier& barrier) {
+    if (barrier.pending > 0 || barrier.bytes != 0) return;
+    barrier.pending = barrier.expected;
+    ++barrier.phases;
+    barrier.released = barrier.joining;
+    for (int thread : barrier.waiting) machine.fibers.wake(thread);
+    barrier.waiting.clear();
 }
 
 void check_global(const void* address, unsigned bytes, bool write) {
@@ -209,6 +261,47 @@ void distribute(Warp& warp, int matrices, bool transposed) {
     }
 }
 
+struct ProductSlot {
+    float* d;
+    const unsigned* a;
+    unsigned long descriptor;
+};
+
+// Byte address of element (n, k) of a right operand: address bits 4 to 6 are exclusive-ored with bits 7 to 9.
+unsigned operand_address(unsigned long descriptor, int n, int k) {
+    if (descriptor >> 62 != 1) fail("a matrix descriptor without the 128-byte swizzle");
+    const unsigned start = unsigned(descriptor & 0x3fff) << 4, stride = unsigned(descriptor >> 32 & 0x3fff) << 4;
+    const unsigned plain = start + unsigned(n / 8) * stride + unsigned(n % 8) * 128 + unsigned(k) * 2;
+    return plain ^ (plain >> 3 & 0x70);
+}
+
+void multiply_rows(Warp& warp, int rows, bool accumulate, bool bf16) {
+    const ProductSlot& first = *static_cast<ProductSlot*>(warp.slots[0]);
+    float a[16][16];
+    for (int lane = 0; lane < LANES; ++lane) {
+        const ProductSlot& slot = *static_cast<ProductSlot*>(warp.slots[lane]);
+        if (slot.descriptor != first.descriptor) fail("lanes of one warp pass different matrix descriptors");
+        for (int word = 0; word < 4; ++word)
+            for (int e = 0; e < 2; ++e)
+                a[lane / 4 + word % 2 * 8][lane % 4 * 2 + word / 2 * 8 + e] = element(slot.a[word], e, bf16);
+    }
+    for (int n = 0; n < rows; ++n) {
+        std::uint16_t bits[16];
+        for (int k = 0; k < 16; k += 8)
+            machine.shared.read(machine.block(), operand_address(first.descriptor, n, k) - SHARED_BASE, bits + k, 16,
+                                {machine.warp(), NO_LANE});
+        float b[16];
+        for (int k = 0; k < 16; ++k) b[k] = bf16 ? bf16_to_float(bits[k]) : fp16_to_float(bits[k]);
+        for (int m = 0; m < 16; ++m) {
+            const int lane = m % 8 * 4 + n % 8 / 2;
+            float& d = static_cast<ProductSlot*>(warp.slots[lane])->d[n / 8 * 4 + m / 8 * 2 + n % 2];
+            float sum = accumulate ? d : 0.0f;
+            for (int k = 0; k < 16; ++k) sum += a[m][k] * b[k];
+            d = sum;
+        }
+    }
+}
+
 void run_cluster(unsigned first_block) {
     const Options& options = *machine.options;
     const int threads = int(options.threads * options.cluster);
@@ -216,8 +309,10 @@ void run_cluster(unsigned first_block) {
     machine.threads.assign(threads, Thread{});
     machine.warps.assign(threads / LANES, Warp{});
     machine.barriers.assign(options.cluster * BARRIERS + 1, Barrier{});
+    machine.mbarriers.clear();
+    machine.signals.clear();
     machine.phase = ClusterPhase{};
-    machine.phase.lanes.assign(threads / LANES, 0);
+    machine.transfers.clear();
     machine.shared.reset(int(options.cluster), options.shared_bytes, threads / LANES);
     machine.fibers.run(threads, enter, select, deadlock, options.reverse != 0);
 }
@@ -247,11 +342,6 @@ void write_shared(unsigned address, const void* source, unsigned bytes) {
 void read_shared_of(unsigned address, unsigned rank, void* destination, unsigned bytes) {
     if (rank >= machine.options->cluster) fail("block %u of a cluster of %u", rank, machine.options->cluster);
     machine.shared.read(int(rank), address - SHARED_BASE, destination, bytes, machine.actor());
-}
-
-void write_shared_of(unsigned address, unsigned rank, const void* source, unsigned bytes) {
-    if (rank >= machine.options->cluster) fail("block %u of a cluster of %u", rank, machine.options->cluster);
-    machine.shared.write(int(rank), address - SHARED_BASE, source, bytes, machine.actor());
 }
 
 unsigned add_shared(unsigned address, unsigned value) {
@@ -308,6 +398,50 @@ void sync_named(int id, int threads) {
     meet_barrier(machine.barriers[machine.block() * BARRIERS + id], threads, "sync_named");
 }
 
+void arrive_named(int id, int threads) {
+    if (id < 1 || id >= BARRIERS || threads % LANES != 0) fail("arrive_named(%d, %d) is not a barrier", id, threads);
+    if (machine.threads[machine.thread()].barriers++ == machine.options->skip_barrier) return;
+    Barrier& barrier = machine.barriers[machine.block() * BARRIERS + id];
+    const bool last = is_last(barrier, threads, "arrive_named");
+    ++barrier.arrived;
+    machine.shared.release(machine.warp(), barrier.joining);
+    if (last) open_barrier(barrier);
+}
+
+void mbarrier_init(unsigned address, int arrivals) {
+    if (address % 8 != 0) fail("an mbarrier at %u, which is no multiple of 8", address);
+    Mbarrier& barrier = machine.mbarriers[{machine.block(), address}];
+    barrier = Mbarrier{};
+    barrier.expected = barrier.pending = arrivals;
+}
+
+void mbarrier_arrive(unsigned address, long announced_bytes) {
+    Mbarrier& barrier = mbarrier_at(address);
+    if (barrier.pending <= 0) fail("more arrivals at the mbarrier at %u than the %d expected", address, barrier.expected);
+    machine.shared.release(machine.warp(), barrier.joining);
+    barrier.bytes += announced_bytes;
+    --barrier.pending;
+    complete_if_due(barrier);
+}
+
+void mbarrier_complete(unsigned address, long bytes) {
+    Mbarrier& barrier = mbarrier_at(address);
+    machine.shared.release(machine.warp(), barrier.joining);
+    barrier.bytes -= bytes;
+    complete_if_due(barrier);
+}
+
+void mbarrier_wait(unsigned address, unsigned parity) {
+    if (machine.threads[machine.thread()].waits++ == machine.options->skip_wait) return;
+    Mbarrier& barrier = mbarrier_at(address);
+    // a phase is waited for by its parity alone, as the hardware does
+    while ((barrier.phases & 1) == parity) {
+        barrier.waiting.push_back(machine.thread());
+        machine.fibers.block("mbarrier_wait");
+    }
+    if (!barrier.released.empty()) machine.shared.acquire(machine.warp(), barrier.released);
+}
+
 void sync_cluster() {
     if (machine.threads[machine.thread()].barriers++ == machine.options->skip_barrier) return;
     meet_barrier(machine.barriers.back(), int(machine.threads.size()), "sync_cluster");
@@ -316,31 +450,75 @@ void sync_cluster() {
 void cluster_arrive() {
     Thread& thread = machine.threads[machine.thread()];
     if (thread.barriers++ == machine.options->skip_barrier) return;
-    ClusterPhase& phase = machine.phase;
     ++thread.cluster_arrivals;
-    if (++phase.lanes[machine.warp()] == LANES) {
-        phase.lanes[machine.warp()] = 0;
-        machine.shared.release(machine.warp(), phase.joining);
-    }
+    ClusterPhase& phase = machine.phase;
     if (++phase.arrived < int(machine.threads.size())) return;
     phase.arrived = 0;
     ++phase.completed;
-    phase.released = std::move(phase.joining);
-    phase.joining.clear();
     for (int waiting : phase.waiting) machine.fibers.wake(waiting);
     phase.waiting.clear();
 }
 
 void cluster_wait() {
-    const Thread& thread = machine.threads[machine.thread()];
-    if (machine.phase.completed < thread.cluster_arrivals) {
-        machine.phase.waiting.push_back(machine.thread());
-        machine.fibers.block("cluster_wait");
+    if (machine.phase.completed >= machine.threads[machine.thread()].cluster_arrivals) return;
+    machine.phase.waiting.push_back(machine.thread());
+    machine.fibers.block("cluster_wait");
+}
+
+void transfer_init(unsigned barrier) {
+    const unsigned char zeros[8] = {};
+    write_shared(barrier, zeros, sizeof zeros);
+    machine.transfers[{machine.block(), barrier}] = Transfer{};
+}
+
+static Transfer& find_transfer(int block, unsigned barrier) {
+    const auto found = machine.transfers.find({block, barrier});
+    if (found == machine.transfers.end()) fail("a transfer to block %d of the cluster, whose barrier is not ready", block);
+    return found->second;
+}
+
+static void wake_if_done(Transfer& transfer) {
+    if (!transfer.done()) return;
+    for (int waiting : transfer.waiting) machine.fibers.wake(waiting);
+    transfer.waiting.clear();
+}
+
+void transfer_expect(unsigned barrier, unsigned bytes) {
+    Transfer& transfer = find_transfer(machine.block(), barrier);
+    if (transfer.expected) fail("a transfer is expected twice");
+    transfer.expected = true;
+    transfer.missing += bytes;
+    wake_if_done(transfer);
+}
+
+void transfer_store(unsigned address, unsigned barrier, unsigned rank, const void* source) {
+    if (rank >= machine.options->cluster) fail("block %u of a cluster of %u", rank, machine.options->cluster);
+    Transfer& transfer = find_transfer(int(rank), barrier);
+    machine.shared.write(int(rank), address - SHARED_BASE, source, 16, machine.actor());
+    machine.shared.release(machine.warp(), transfer.clocks);
+    transfer.missing -= 16;
+    if (transfer.expected && transfer.missing < 0) fail("more bytes were sent to block %u than it expects", rank);
+    wake_if_done(transfer);
+}
+
+void transfer_wait(unsigned barrier) {
+    if (machine.threads[machine.thread()].waits++ == machine.options->skip_wait) return;
+    Transfer& transfer = find_transfer(machine.block(), barrier);
+    if (!transfer.done()) {
+        transfer.waiting.push_back(machine.thread());
+        machine.fibers.block("transfer_wait");
     }
-    if (!machine.phase.released.empty()) machine.shared.acquire(machine.warp(), machine.phase.released);
+    machine.shared.acquire(machine.warp(), transfer.clocks);
 }
 
 unsigned cluster_rank() { return unsigned(machine.block()); }
+
+void yield() { machine.fibers.yield(); }
+void signal(unsigned long long key) { machine.shared.release(machine.warp(), machine.signals[key]); }
+void observe(unsigned long long key) {
+    const auto found = machine.signals.find(key);
+    if (found != machine.signals.end()) machine.shared.acquire(machine.warp(), found->second);
+}
 
 unsigned shuffle(unsigned value, int source_lane) {
     struct Slot {
@@ -371,6 +549,29 @@ void load_matrix(unsigned* registers, int matrices, bool transposed, unsigned ad
     MatrixSlot slot{registers, address};
     meet_warp("load_matrix", matrices * 2 + transposed, &slot,
               [=](Warp& warp) { distribute(warp, matrices, transposed); });
+}
+
+void warpgroup_product(float* d, const unsigned* a, unsigned long descriptor, int rows, bool accumulate, bool bf16) {
+    ProductSlot slot{d, a, descriptor};
+    meet_warp("warpgroup_product", rows, &slot, [=](Warp& warp) { multiply_rows(warp, rows, accumulate, bf16); });
+}
+
+void store_matrix_trans(unsigned address, const unsigned* words) {
+    struct Slot {
+        unsigned address;
+        const unsigned* words;
+    } slot{address, words};
+    meet_warp("store_matrix_trans", 0, &slot, [](Warp& warp) {
+        for (int lane = 0; lane < LANES; ++lane) {  // the address of column lane % 8 of matrix lane / 8
+            std::uint16_t column[8];
+            for (int row = 0; row < 8; ++row) {
+                const Slot& holder = *static_cast<Slot*>(warp.slots[row * 4 + lane % 8 / 2]);
+                column[row] = std::uint16_t(holder.words[lane / 8] >> lane % 2 * 16);
+            }
+            const unsigned to = static_cast<Slot*>(warp.slots[lane])->address;
+            machine.shared.write(machine.block(), to - SHARED_BASE, column, 16, {machine.warp(), NO_LANE});
+        }
+    });
 }
 
 void mma(float* d, const unsigned* a, const unsigned* b, int depth, bool bf16) {
