@@ -143,6 +143,7 @@ class StandIn:
                 alloc_pinned_memory=bytearray,
                 Stream=Stream,
                 get_current_stream=Stream,
+                runtime=types.SimpleNamespace(deviceSynchronize=self.queues.drain),
             ),
         }
         for name, value in contents.items():

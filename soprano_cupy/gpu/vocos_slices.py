@@ -32,6 +32,8 @@ class Slices:
     """Runs pieces of whole voices, up to `rows` frames at a time; nothing is allocated while it does."""
 
     def __init__(self, config: DecoderConfig, plan: Plan, rows: int, device: int) -> None:
+        import cupy
+
         self.rows, self._plan, self._device = rows, plan, device
         self._capacity = Capacity.of_rows(rows)
         tables = vocos_plan.table_specs(self._capacity)
@@ -41,6 +43,7 @@ class Slices:
         self._tables = [HostTables(tables, self._places) for _ in range(TABLES_UNDER_WAY)]
         self._programs: dict[int, program.Program] = {}
         self._turn = 0
+        cupy.cuda.runtime.deviceSynchronize()  # the arena is zeroed: our own streams would not wait for that
         logger.info("decoder: %d frames at a time, %.0f MB of activations", rows, self.nbytes / 1e6)
 
     @property

@@ -70,7 +70,7 @@ class StreamTable:
         self._free = list(range(slots))
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._entered, self._left = program.Event(), program.Event()
-        cupy.cuda.get_current_stream().synchronize()  # the arena is zeroed in its order
+        cupy.cuda.runtime.deviceSynchronize()  # the arena is zeroed: our own stream would not wait for that
         for frames in STREAM_CLASSES:
             self._program(frames)
         logger.info("decoder: %d streams, %.0f MB", slots, self.nbytes / 1e6)
