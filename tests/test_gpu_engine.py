@@ -90,6 +90,8 @@ def check_choices(model: Qwen3, folder: Path, oracle: Qwen3, ids: np.ndarray, ou
         scores = penalise(logits[0, place][None], seen, np.array([[penalty]]))[0]
         assert scores[token] >= scores.max() - 2 * max(penalty, 1 / penalty) * allowed, f"token {j}"
     kept = to_host(out.states)
+    if len(kept) == 0:  # [STOP] at once
+        return
     exact = states[0, len(ids) - 1 :][: len(kept)]
     plain = plain_forward(folder, held[None], model.runner.dtype)[0][0, len(ids) - 1 :][: len(kept)]
     assert relative_error(kept, exact) <= 2 * relative_error(plain, exact)

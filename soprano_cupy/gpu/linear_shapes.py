@@ -231,24 +231,32 @@ def tiles_of(problem: Problem) -> Iterator[TilesShape]:
 #     4608 x 512         32     8.66    7.89    5.45    6.74    4.11
 #     8192 x 512         64                     9.5     9.5     6.52
 #     768 x 2304         64             7.31    4.84            9.57
-#     512 x 2304         128    6.08 with 4 x 1, 13.1 by `linear_hopper.cu`
-MEASURED_ROWS = 64
+#
+# and for more rows of few features, where `linear_hopper.cu` takes:
+#
+#     768 x 512          256                    3.62    3.96    4.07
+#     512 x 512          256    2.62 (2 x 4)    2.93    3.62    4.64
+#     512 x 2304         128    6.08 (4 x 1)                    13.1
+#     512 x 2304         256                    10.1            13.7
+MEASURED_ROWS, MOST_MEASURED_ROWS = 64, 256
 FEW_TILES, SOME_TILES, MANY_TILES = 32, 64, 256  # of 16 features
 LONG_DEPTH = 1024
 
 
 def measured_shape(problem: Problem) -> Shape | None:
     """The shape that the table above says is best for so few rows; None where it says nothing."""
-    rows, tiles = problem.rows, problem.feature_tiles
-    if rows > MEASURED_ROWS and (rows > 2 * MEASURED_ROWS or tiles > SOME_TILES):
-        return None
-    if rows > 16 and tiles >= MANY_TILES:
+    rows, tiles, long = problem.rows, problem.feature_tiles, problem.depth > LONG_DEPTH
+    if rows > MEASURED_ROWS:
+        if rows > MOST_MEASURED_ROWS or tiles > SOME_TILES:
+            return None
+        columns, feature_tiles = (
+            (4, 1) if long and rows <= 2 * MEASURED_ROWS else (2, 2 if long or tiles > FEW_TILES else 4)
+        )
+    elif rows > 16 and tiles >= MANY_TILES:
         return next((tile for tile in tiles_of(problem) if (tile.features, tile.rows) == (64, 32)), None)
-    if rows <= 8 and tiles <= FEW_TILES:
+    elif rows <= 8 and tiles <= FEW_TILES:
         columns, feature_tiles = 1, 2
-    elif rows > MEASURED_ROWS:
-        columns, feature_tiles = 4, 1
-    elif (rows <= 8 and tiles <= SOME_TILES) or (rows <= 32 and problem.depth > LONG_DEPTH):
+    elif (rows <= 8 and tiles <= SOME_TILES) or (rows <= 32 and long):
         columns, feature_tiles = 2, 1
     else:
         columns, feature_tiles = 2, 2

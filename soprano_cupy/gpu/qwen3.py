@@ -14,7 +14,7 @@ from ..checkpoint import TensorFile
 from ..config import ModelConfig
 from ..cuda.module import device_facts
 from ..device import cuda_index
-from ..errors import ParameterError
+from ..errors import DeviceError, ParameterError
 from ..generation import Request
 from ..runner import KVCache, LanguageModelRunner
 from .arena import Arena
@@ -115,10 +115,17 @@ class GpuLanguageModel(LanguageModelRunner):
             batch = batch or Batch(self._forward, sizes)
             try:
                 yield batch
-            finally:
-                batch.settle(len(requests))
-            with self._lock:
-                self._idle = [*self._idle, batch][-IDLE_BATCHES:]
+            except DeviceError:
+                raise  # whatever state it is in: the next call makes another
+            except BaseException:  # the caller lost interest
+                self._give_back(batch, len(requests))
+                raise
+            self._give_back(batch, len(requests))
+
+    def _give_back(self, batch: Batch, count: int) -> None:
+        batch.settle(count)
+        with self._lock:
+            self._idle = [*self._idle, batch][-IDLE_BATCHES:]
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
