@@ -31,7 +31,7 @@ constexpr int VALUES_AT = WARPS * WARP_TILE_BYTES;  // behind the keys
 constexpr int STAGE_BYTES = VALUES_AT + WARPS * WARP_TILE_BYTES;
 constexpr int SCORES_AT = STAGES * STAGE_BYTES;  // two buffers
 constexpr int NEWEST_AT = SCORES_AT + 2 * SCORE_BYTES;
-constexpr int ARRIVAL_AT = NEWEST_AT + NEWEST_BYTES;  // a word
+constexpr int ARRIVAL_AT = NEWEST_AT + NEWEST_BYTES;  // a word, or a cluster's barrier of 8 bytes
 constexpr int QUERIES_AT = ARRIVAL_AT + 16;
 // STATE_BYTES of a block that takes all splits, or of a cluster SPLIT_BYTES for each split
 constexpr int TOTAL_AT = QUERIES_AT + TILE_ROWS * QUERY_STRIDE;
@@ -114,12 +114,15 @@ DEVICE void store_rows(const AttentionStepParams& params, int first_row, const R
 extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR / WARPS)
     attention_step(const __grid_constant__ AttentionStepParams params) {
     grid_dependency_launch();
-#if CLUSTER > 1
-    cluster_arrive();  // matched below: by then every block of the cluster has begun, and its shared memory is there
-#endif
     const int row_group = GROUP <= TILE_ROWS ? 0 : blockIdx.x / params.splits;
     const int share = blockIdx.x - row_group * params.splits;  // takes the splits share, share + shares, ...
     const unsigned smem = shared_base(), first_stage = smem + warp_index() * WARP_TILE_BYTES;
+#if CLUSTER > 1
+    const SplitStates states(smem + ARRIVAL_AT, smem + TOTAL_AT);
+    if (share == 0 && threadIdx.x == 0) states.prepare();
+    sync_warp();
+    cluster_arrive();
+#endif
 
     Newest newest(params, row_group);
     newest.clear_unused(smem + QUERIES_AT);
@@ -143,13 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR /
     const int position = place.position;  // keys before this one are in the cache
     const Splits splits(position + 1);
     const int shares = count_shares(splits, params.splits);
-    if (place.slot < 0 || share >= shares) {
-#if CLUSTER > 1
-        cluster_wait();
-        cluster_arrive();
-#endif
-        return;
-    }
+    if (place.slot < 0 || share >= shares) return;
     const Cached cached(params, place.slot);
     const int begin = share << splits.shift;
 #pragma unroll
@@ -173,8 +170,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR /
     newest.finish(angles, params.epsilon, smem + QUERIES_AT, smem + NEWEST_AT, stores ? cached.keys + offset : nullptr,
                   stores ? cached.values + offset : nullptr);
 #if CLUSTER > 1
-    cluster_wait();  // every block has begun
-    const SplitStates states{smem + TOTAL_AT};
+    if (shares > 1 && share == 0 && threadIdx.x == 0) states.expect(splits.count);
+    sync_warp();
+    cluster_wait();  // the first block has begun
 #else
     const Workspace workspace(workspace_params(params), row_group, GROUP - newest.first_row);
     const Total total{smem + TOTAL_AT};
@@ -237,12 +235,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR /
         clear(state);
     }
 #if CLUSTER > 1
-    cluster_arrive();  // the states are sent
     if (share != 0) return;
-    if (shares > 1) {
-        cluster_wait();
-        states.merge(splits.count, state);
-    }
+    if (shares > 1) states.merge(splits.count, state);
 #else
     if (shares > 1) {
         if (!workspace.last_to_arrive(shares, smem + ARRIVAL_AT)) return;

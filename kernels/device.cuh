@@ -293,17 +293,42 @@ DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// The two halves of sync_cluster. A thread may end without its last wait.
-DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+// A barrier of the cluster in two halves that orders no memory: behind the wait all blocks have begun, so that their
+// shared memory may be written, and every transfer_init before the arrival is done. A block may end without waiting.
+DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Writes at this block's shared `address` in the block of rank `rank`.
-DEVICE void store_shared4_of(unsigned address, unsigned rank, float4 v) {
+// Transfers: 16-byte writes into the shared memory of a block of the cluster, counted by a barrier there (8 bytes of its
+// shared memory). transfer_wait returns, and what was sent is seen, once as many bytes as expected have come. It serves
+// once. One thread of the receiving block calls init, and later expect; which may come after the first bytes.
+DEVICE void transfer_init(unsigned barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(barrier) : "memory");
+}
+DEVICE void transfer_expect(unsigned barrier, unsigned bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// address and barrier: as in this block, and meant in the block of rank `rank`.
+DEVICE void transfer_store(unsigned address, unsigned barrier, unsigned rank, float4 v) {
     asm volatile(
-        "{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-        "st.shared::cluster.v4.f32 [remote], {%2, %3, %4, %5};\n}" ::"r"(address),
-        "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+        "{\n.reg .u32 there, counted;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counted, %1, %2;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [counted];\n}" ::"r"(
+            address),
+        "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
         : "memory");
+}
+DEVICE void transfer_wait(unsigned barrier) {
+    constexpr long long MOST_CYCLES = 20'000'000'000;  // about 10 s: an error, which must not hang the GPU
+    const long long start = clock64();
+    unsigned done = 0;
+    while (done == 0) {
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
+            "selp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(barrier)
+            : "memory");
+        if (done == 0 && clock64() - start > MOST_CYCLES) __trap();
+    }
 }
 
 // Reads a float at this block's shared `address` in the block of rank `rank`.

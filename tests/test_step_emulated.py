@@ -286,13 +286,38 @@ def test_positions_outside_the_cache_are_left_alone() -> None:
     assert np.isnan(arrays[0][1:].astype(np.float32)).all()
 
 
-@pytest.mark.parametrize("fault", [{"skip_barrier": n} for n in (1, 2, 3)] + [{"skip_wait": n} for n in range(2)])
+@pytest.mark.parametrize("fault", [{"skip_barrier": n} for n in (1, 2)] + [{"skip_wait": n} for n in range(3)])
 def test_faults_of_a_cluster_are_caught(fault: dict[str, int]) -> None:
-    """Barriers behind the queries, behind the scores, and behind the states that are sent."""
+    """Barriers behind queries and scores; waits for keys, for values, and for the states that other blocks send."""
     case = StepCase((256,), (0,))
     run_step(case, Emulated(900, MANY))
-    with pytest.raises(emulation.EmulationError, match=r"race|in flight|deadlock"):
+    with pytest.raises(emulation.EmulationError, match=r"race|in flight"):
         run_step(case, Emulated(900, MANY, **fault))
+
+
+@pytest.mark.parametrize(
+    ("text", "instead", "error"),
+    [
+        ("states.expect(splits.count)", "states.expect(splits.count + 1)", "deadlock"),
+        ("states.expect(splits.count)", "states.expect(splits.count - 1)", "more bytes|race"),
+        ("if (has_newest) put_value", "if (false) put_value", None),
+        ("if (has_newest) put_key", "if (false) put_key", None),
+    ],
+)
+def test_mistakes_of_a_cluster_are_caught(tmp_path: Path, text: str, instead: str, error: str | None) -> None:
+    source = (emulation.KERNELS / "attention_step.cu").read_text(encoding="utf-8")
+    assert source.count(text) == 1
+    mutant = tmp_path / "mutant.cu"
+    mutant.write_text(source.replace(text, instead), encoding="utf-8")
+    case = StepCase((256, 30), (0, 1))
+    machine = Emulated(900, MANY, reverse=True)
+    expected = run_step(case, machine)[0]
+    machine.source = mutant
+    if error is None:
+        assert not same_bits(run_step(case, machine)[0], expected)
+        return
+    with pytest.raises(emulation.EmulationError, match=error):
+        run_step(case, machine)
 
 
 # ---- sampling

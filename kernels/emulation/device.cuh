@@ -137,9 +137,12 @@ inline unsigned cluster_rank() { return emulation::cluster_rank(); }
 inline void sync_cluster() { emulation::sync_cluster(); }
 inline void cluster_arrive() { emulation::cluster_arrive(); }
 inline void cluster_wait() { emulation::cluster_wait(); }
-inline void store_shared4_of(unsigned address, unsigned rank, float4 value) {
-    emulation::write_shared_of(address, rank, &value, sizeof value);
+inline void transfer_init(unsigned barrier) { emulation::transfer_init(barrier); }
+inline void transfer_expect(unsigned barrier, unsigned bytes) { emulation::transfer_expect(barrier, bytes); }
+inline void transfer_store(unsigned address, unsigned barrier, unsigned rank, float4 value) {
+    emulation::transfer_store(address, barrier, rank, &value);
 }
+inline void transfer_wait(unsigned barrier) { emulation::transfer_wait(barrier); }
 inline float load_shared_of(unsigned address, unsigned rank) {
     float value;
     emulation::read_shared_of(address, rank, &value, sizeof value);
