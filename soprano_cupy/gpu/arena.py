@@ -15,7 +15,7 @@ GUARD = 4096  # bytes behind the last buffer: a tile that is loaded whole may re
 
 
 class Arena:
-    """Named device arrays in one zeroed allocation on the current device.
+    """Named device arrays in one zeroed allocation on the current device, zeroed in the current stream.
 
     specs: name -> (shape, dtype). Raises `MemoryError` (CuPy's OutOfMemoryError is one) where it does not fit.
     """
@@ -31,7 +31,7 @@ class Arena:
             end += -(-size // ALIGNMENT) * ALIGNMENT
         self.nbytes = end + GUARD
         self._memory = cupy.cuda.alloc(self.nbytes)
-        self._memory.memset(0, self.nbytes)
+        self._memory.memset_async(0, self.nbytes)
         self._arrays = {
             name: cupy.ndarray(shape, dtype, self._memory + places[name]) for name, (shape, dtype) in specs.items()
         }
