@@ -112,7 +112,6 @@ def test_neither_the_number_of_blocks_nor_the_order_of_threads_matters() -> None
         (4, "skip_warp_barrier", 1, 0),  # between writing and reading a warp's staging area
         (4, "skip_barrier", 0, 1),  # until the barriers are ready
         (7, "skip_barrier", 2, 0),  # between writing and reading a warpgroup's staging area
-        (1, "skip_barrier", 2, 1),  # until the other group has passed through the ring
     ],
 )
 def test_a_wait_that_is_missing_is_noticed(chosen: int, fault: str, index: int, reverse: int) -> None:
