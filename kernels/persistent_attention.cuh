@@ -5,7 +5,7 @@
 
 #include "persistent_products.cuh"
 
-constexpr int GROUPS = WARPS * 4;             // of eight lanes
+constexpr int GROUPS = TEAM_WARPS * 4;             // of eight lanes
 constexpr int HALF_LANE = HEAD_DIM / 16;      // dimensions of a lane in each half of a head: the rotation stays in the lane
 constexpr int LANE_DIMS = 2 * HALF_LANE;
 constexpr int VALUE_DIMS = OUT_DIMS / 8;      // dimensions of the values of a lane

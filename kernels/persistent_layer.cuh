@@ -39,7 +39,7 @@ struct Worker {
           hidden(tiles_of(HIDDEN_TILES, rank_)), gated(tiles_of(GATED_TILES, rank_)), place(rank_),
           ring{shared, watch, {}}, exchange{shared, watch} {}
 
-    DEVICE void sync() const { sync_named(1, CONSUMERS); }
+    DEVICE void sync() const { sync_named(1, TEAM); }
 
     // ---- the residual stream: warps 0, 1, ... own 32 rows of this rank each ----
 
@@ -117,7 +117,7 @@ struct Worker {
 
     // The gains of this layer's heads, on their way while the first product is made.
     DEVICE void fetch_gains(int layer) const {
-        const int piece = threadIdx.x - (CONSUMERS - HEAD_DIM / 2);  // of 16 bytes: the last threads, which own no rows
+        const int piece = threadIdx.x - (TEAM - HEAD_DIM / 2);  // of 16 bytes: the last threads, which own no rows
         if (piece >= 0) {
             const float* from = p.head_gains + layer * 2 * HEAD_DIM + piece * 4;
             copy_async_16(base + GAINS_AT + piece * 16, from, true);
@@ -198,20 +198,20 @@ struct Worker {
     // Adds the warps' shares and sends the sum to the cluster: each thread four dimensions.
     DEVICE void send_share() {
         constexpr int UNITS = OUT_DIMS / 4;
-        float maxima[WARPS], largest = NO_SCORE, sum = 0.0f;
+        float maxima[TEAM_WARPS], largest = NO_SCORE, sum = 0.0f;
         const unsigned at = base + SHARE_AT;
         const int unit = threadIdx.x % UNITS;
         float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (threadIdx.x / UNITS >= RECEIVERS && threadIdx.x >= 32) return;
-        float sums[WARPS];
+        float sums[TEAM_WARPS];
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
+        for (int w = 0; w < TEAM_WARPS; ++w) {
             const float2 state = load_shared<float2>(at + (w * OUT_STRIDE + OUT_DIMS) * 4);
             maxima[w] = state.x, sums[w] = state.y;
             largest = fmaxf(largest, maxima[w]);
         }
 #pragma unroll
-        for (int w = 0; w < WARPS; ++w) {
+        for (int w = 0; w < TEAM_WARPS; ++w) {
             const float weight = exp2_fast(maxima[w] - largest);
             const float4 part = load_shared<float4>(at + (w * OUT_STRIDE + unit * 4) * 4);
             sum += weight * sums[w];
@@ -221,7 +221,7 @@ struct Worker {
                                       float_to_bits(v.w));
         const unsigned to_share = rank * OUT_STRIDE * 4;
 #pragma unroll
-        for (int to = threadIdx.x / UNITS; to < RECEIVERS; to += CONSUMERS / UNITS)
+        for (int to = threadIdx.x / UNITS; to < RECEIVERS; to += TEAM / UNITS)
             exchange.send(EX_ATTENDED, to_share + unit * 16, to, bits);
         if (threadIdx.x >= 32) return;
         const uint4 state = make_uint4(float_to_bits(largest), float_to_bits(sum), 0u, 0u);
@@ -232,8 +232,8 @@ struct Worker {
 
     // The shares of a head together: this warp's part of the attended vector, which is what its products need.
     DEVICE void merge_shares() const {
-        const int begin = ATTENDED_STEPS * warp_index() / WARPS * TILE;
-        const int end = ATTENDED_STEPS * (warp_index() + 1) / WARPS * TILE;
+        const int begin = ATTENDED_STEPS * warp_index() / TEAM_WARPS * TILE;
+        const int end = ATTENDED_STEPS * (warp_index() + 1) / TEAM_WARPS * TILE;
 #pragma unroll 1
         for (int dim = begin + lane_index(); dim < end; dim += 32) {
             const int head = dim / HEAD_DIM, dims = dim % HEAD_DIM / OUT_DIMS;
@@ -284,7 +284,7 @@ struct Worker {
         const float factor = norm_factor(exchange.at(EX_SUMS_AFTER), p.epsilon);
         sync();
 #pragma unroll 1
-        for (int tile = warp_index(); tile < gated.count(); tile += WARPS) {
+        for (int tile = warp_index(); tile < gated.count(); tile += TEAM_WARPS) {
             const int lane = lane_index();
             const float gate = row_sum(base, tile * TILE + lane % 8) * factor;
             const float up = row_sum(base, tile * TILE + 8 + lane % 8) * factor;

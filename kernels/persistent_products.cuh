@@ -10,11 +10,11 @@ constexpr int LOADS = 20;  // blocks that a warp has in flight
 // `first_row` on. TILES: the most that a rank has. There are no branches inside: a rank that has fewer tiles multiplies its
 // last one again, a warp that has fewer steps multiplies its last one by zeros.
 template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsigned vector, int first_row) {
-    constexpr int MOST = (DEPTH + WARPS - 1) / WARPS;
+    constexpr int MOST = (DEPTH + TEAM_WARPS - 1) / TEAM_WARPS;
     constexpr int BATCHES = (MOST * TILES + LOADS - 1) / LOADS;
     constexpr int BATCH = (MOST + BATCHES - 1) / BATCHES;
     const int warp = warp_index(), lane = lane_index();
-    const int begin = DEPTH * warp / WARPS, end = DEPTH * (warp + 1) / WARPS;
+    const int begin = DEPTH * warp / TEAM_WARPS, end = DEPTH * (warp + 1) / TEAM_WARPS;
     if (tiles > 0) {
         ring.await(begin * tiles, end * tiles);
         float sums[TILES][4] = {};
@@ -24,7 +24,7 @@ template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsi
             unsigned low[BATCH], high[BATCH];
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
-                const bool more = DEPTH % (WARPS * BATCH) == 0 || k + i < end;
+                const bool more = DEPTH % (TEAM_WARPS * BATCH) == 0 || k + i < end;
                 const int step = more ? k + i : end - 1;
                 const unsigned at = vector + step * 32 + lane % 4 * 4;
                 low[i] = load_shared<unsigned>(at);
@@ -60,13 +60,13 @@ template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsi
 DEVICE float row_sum(unsigned base, int row) {
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += load_shared<float>(base + PARTIAL_AT + (w * MOST_TILES * TILE + row) * 4);
+    for (int w = 0; w < TEAM_WARPS; ++w) sum += load_shared<float>(base + PARTIAL_AT + (w * MOST_TILES * TILE + row) * 4);
     return sum;
 }
 DEVICE float4 row_sums(unsigned base, int row) {
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) {
+    for (int w = 0; w < TEAM_WARPS; ++w) {
         const float4 part = load_shared<float4>(base + PARTIAL_AT + (w * MOST_TILES * TILE + row) * 4);
         sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }

@@ -7,9 +7,9 @@
 // -D: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS (padded to 16 CLUSTERS), CLUSTERS, RANKS, DIM_PARTS, RING_SLOTS, and the dtype.
 #pragma once
 
-constexpr int WARPS = 8;  // that compute; one more streams the weights
-constexpr int CONSUMERS = WARPS * 32;
-constexpr int THREADS = CONSUMERS + 32;
+constexpr int TEAM_WARPS = 8;  // that compute; one more streams the weights
+constexpr int TEAM = TEAM_WARPS * 32;
+constexpr int BLOCK_THREADS = TEAM + 32;
 constexpr int TILE = 16;
 constexpr int BLOCK_BYTES = 512;  // 16 x 16 weights in the order of linear_params.cuh
 constexpr int CHUNK_BYTES = 8192;
@@ -85,14 +85,14 @@ constexpr unsigned exchange_at(int exchange) {
     for (int i = 0; i < exchange; ++i) at += aligned_16(exchange_bytes(i));
     return at;
 }
-constexpr unsigned PARTIAL_AT = exchange_at(EXCHANGES);                             // (WARPS, MOST_TILES * 16) float
-constexpr unsigned SHARE_AT = PARTIAL_AT + WARPS * MOST_TILES * TILE * 4;          // (WARPS, OUT_STRIDE) float
-constexpr unsigned ATTENDED_AT = SHARE_AT + WARPS * OUT_STRIDE * 4;                // (Q_ROWS,) Element
+constexpr unsigned PARTIAL_AT = exchange_at(EXCHANGES);                             // (TEAM_WARPS, MOST_TILES * 16) float
+constexpr unsigned SHARE_AT = PARTIAL_AT + TEAM_WARPS * MOST_TILES * TILE * 4;          // (TEAM_WARPS, OUT_STRIDE) float
+constexpr unsigned ATTENDED_AT = SHARE_AT + TEAM_WARPS * OUT_STRIDE * 4;                // (Q_ROWS,) Element
 constexpr unsigned GAINS_AT = aligned_16(ATTENDED_AT + Q_ROWS * 2);                // (2, HEAD_DIM) float of the layer
 constexpr unsigned ANGLES_AT = GAINS_AT + 2 * HEAD_DIM * 4;                        // (2, HEAD_DIM / 2) float: cosines, sines
 constexpr unsigned BARRIERS_AT = ANGLES_AT + HEAD_DIM * 4;                         // see below
-constexpr unsigned CONSUMED_AT = BARRIERS_AT + 8 * (RING_SLOTS + EXCHANGES);         // (WARPS,) products that a warp has read
-constexpr unsigned DEAD_AT = CONSUMED_AT + 4 * WARPS;
+constexpr unsigned CONSUMED_AT = BARRIERS_AT + 8 * (RING_SLOTS + EXCHANGES);         // (TEAM_WARPS,) products that a warp has read
+constexpr unsigned DEAD_AT = CONSUMED_AT + 4 * TEAM_WARPS;
 constexpr unsigned SHARED_END = DEAD_AT + 16;
 
 constexpr unsigned full_barrier(int slot) { return BARRIERS_AT + 8 * slot; }

@@ -94,7 +94,7 @@ struct Streamer {
 
     // Waits until all warps have read the product that comes next in the order of consumption.
     DEVICE void await_consumption(int chunks) {
-        const unsigned counter = base + CONSUMED_AT + lane_index() % WARPS * 4, before = products;
+        const unsigned counter = base + CONSUMED_AT + lane_index() % TEAM_WARPS * 4, before = products;
         spin_until(watch, 2, [=] { return static_cast<int>(load_acquire(counter) - before) > 0; });
         ++products;
         room += chunks;

@@ -67,7 +67,7 @@ struct Exchange {
         const int a = words_before(first), b = words_before(second);
 #if WORD_BYTES == 0
         ++uses;
-        sync_named(1, CONSUMERS);
+        sync_named(1, TEAM);
         if (warp_index() == 0) {
             unsigned* counter = reinterpret_cast<unsigned*>(words + ALL_WORDS);
             if (threadIdx.x == 0) {
@@ -78,65 +78,65 @@ struct Exchange {
             spin_until(watch, 16 + first, [=] { return load_flag(counter) >= target; });
             fence_device();
         }
-        sync_named(1, CONSUMERS);
+        sync_named(1, TEAM);
         const unsigned* plain = reinterpret_cast<const unsigned*>(words);
-        for (int i = threadIdx.x * 4; i < FIRST; i += CONSUMERS * 4)
+        for (int i = threadIdx.x * 4; i < FIRST; i += TEAM * 4)
             store_shared<uint4>(base + exchange_at(first) + i * 4, load_global_fresh<uint4>(plain + a + i));
-        for (int i = threadIdx.x * 4; i < SECOND; i += CONSUMERS * 4)
+        for (int i = threadIdx.x * 4; i < SECOND; i += TEAM * 4)
             store_shared<uint4>(base + exchange_at(second) + i * 4, load_global_fresh<uint4>(plain + b + i));
 #elif WORD_BYTES == 8
-        constexpr int MOST = (FIRST + SECOND + CONSUMERS - 1) / CONSUMERS;
+        constexpr int MOST = (FIRST + SECOND + TEAM - 1) / TEAM;
         Word heard[MOST];
         const Word* from = words;
         spin_until(watch, 16 + first, [&] {
             bool all = true;
 #pragma unroll
             for (int n = 0; n < MOST; ++n) {
-                const int i = threadIdx.x + n * CONSUMERS;
+                const int i = threadIdx.x + n * TEAM;
                 if (i < FIRST + SECOND) heard[n] = load_word(from + (i < FIRST ? a + i : b + i - FIRST));
             }
 #pragma unroll
             for (int n = 0; n < MOST; ++n) {
-                const int i = threadIdx.x + n * CONSUMERS;
+                const int i = threadIdx.x + n * TEAM;
                 if (i < FIRST + SECOND) all = all && word_number(heard[n]) == number;
             }
             return all;
         });
 #pragma unroll
         for (int n = 0; n < MOST; ++n) {
-            const int i = threadIdx.x + n * CONSUMERS;
+            const int i = threadIdx.x + n * TEAM;
             if (i < FIRST + SECOND)
                 store_shared<unsigned>(base + (i < FIRST ? exchange_at(first) + i * 4 : exchange_at(second) + (i - FIRST) * 4),
                                        word_value(heard[n]));
         }
 #else
-        constexpr int PAIRS = (FIRST + SECOND) / 2, MOST = (PAIRS + CONSUMERS - 1) / CONSUMERS;
+        constexpr int PAIRS = (FIRST + SECOND) / 2, MOST = (PAIRS + TEAM - 1) / TEAM;
         Word heard[MOST][2];
         const Word* from = words;
         spin_until(watch, 16 + first, [&] {
             bool all = true;
 #pragma unroll
             for (int n = 0; n < MOST; ++n) {
-                const int i = 2 * (threadIdx.x + n * CONSUMERS);
+                const int i = 2 * (threadIdx.x + n * TEAM);
                 if (i < 2 * PAIRS) load_words(from + (i < FIRST ? a + i : b + i - FIRST), heard[n][0], heard[n][1]);
             }
 #pragma unroll
             for (int n = 0; n < MOST; ++n) {
-                const int i = 2 * (threadIdx.x + n * CONSUMERS);
+                const int i = 2 * (threadIdx.x + n * TEAM);
                 if (i < 2 * PAIRS) all = all && word_number(heard[n][0]) == number && word_number(heard[n][1]) == number;
             }
             return all;
         });
 #pragma unroll
         for (int n = 0; n < MOST; ++n) {
-            const int i = 2 * (threadIdx.x + n * CONSUMERS);
+            const int i = 2 * (threadIdx.x + n * TEAM);
             if (i >= 2 * PAIRS) continue;
             const unsigned at = base + (i < FIRST ? exchange_at(first) + i * 4 : exchange_at(second) + (i - FIRST) * 4);
             store_shared<unsigned>(at, word_value(heard[n][0]));
             store_shared<unsigned>(at + 4, word_value(heard[n][1]));
         }
 #endif
-        sync_named(1, CONSUMERS);
+        sync_named(1, TEAM);
     }
     DEVICE unsigned at(int exchange) const { return base + exchange_at(exchange); }
 };

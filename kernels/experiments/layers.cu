@@ -18,7 +18,7 @@ struct LayersParams {
     int position;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) layers(const __grid_constant__ LayersParams params) {
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) layers(const __grid_constant__ LayersParams params) {
     const unsigned base = shared_base();
     const LayerParams& p = params.layer;
     const Watch watch{p.error, base + DEAD_AT};
@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) layers(const __grid_con
 #else
     sync_block();
 #endif
-    if (warp_index() == WARPS) {
+    if (warp_index() == TEAM_WARPS) {
         const LayerBlocks blocks(worker.rank);
         Streamer streamer{base, watch, static_cast<const char*>(p.stream) + blockIdx.x * p.stream_bytes, {}};
         int of_layer = 0, product = 0;
