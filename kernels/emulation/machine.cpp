@@ -339,6 +339,11 @@ void write_shared(unsigned address, const void* source, unsigned bytes) {
     machine.shared.write(machine.block(), address - SHARED_BASE, source, bytes, machine.actor());
 }
 
+void write_shared_of(unsigned address, unsigned rank, const void* source, unsigned bytes) {
+    if (rank >= machine.options->cluster) fail("block %u of a cluster of %u", rank, machine.options->cluster);
+    machine.shared.write(int(rank), address - SHARED_BASE, source, bytes, machine.actor());
+}
+
 void read_shared_of(unsigned address, unsigned rank, void* destination, unsigned bytes) {
     if (rank >= machine.options->cluster) fail("block %u of a cluster of %u", rank, machine.options->cluster);
     machine.shared.read(int(rank), address - SHARED_BASE, destination, bytes, machine.actor());

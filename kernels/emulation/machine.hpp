@@ -20,6 +20,7 @@ void read_shared(unsigned address, void* destination, unsigned bytes);
 void write_shared(unsigned address, const void* source, unsigned bytes);
 unsigned add_shared(unsigned address, unsigned value);  // atomically; the old value
 void read_shared_of(unsigned address, unsigned rank, void* destination, unsigned bytes);
+void write_shared_of(unsigned address, unsigned rank, const void* source, unsigned bytes);
 void read_global(const void* address, void* destination, unsigned bytes);
 void write_global(void* address, const void* source, unsigned bytes);
 
