@@ -43,6 +43,9 @@ struct Scores {
         }
     }
 
+    // Scores that lie in shared memory already (of a vocabulary that fits there), penalty and all: for `of` alone.
+    DEVICE explicit Scores(unsigned shared) : logits(nullptr), seen(nullptr), penalty(1.0f), smem(shared) {}
+
     DEVICE void penalise(const unsigned* slot_seen, float slot_penalty) {
         seen = slot_seen;
         penalty = slot_penalty;

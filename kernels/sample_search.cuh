@@ -130,6 +130,15 @@ struct Prefix {
 constexpr int LEVELS = COARSE_LEVELS + FINE_BITS / DIGIT_BITS;
 static_assert(FINE_BITS % DIGIT_BITS == 0 && COARSE_BITS % DIGIT_BITS == 0, "whole digits");
 
+// All threads that search. -D SEARCH_BARRIER: the block has others besides, so they meet at a named barrier.
+DEVICE void sync_search() {
+#if defined(SEARCH_BARRIER)
+    sync_named(SEARCH_BARRIER, THREADS);
+#else
+    sync_block();
+#endif
+}
+
 struct Found {
     int id;
     Sum sum;  // of the weights up to it, its own included
@@ -167,7 +176,7 @@ public:
         unsigned bins = smem + FIRST_AT;
         while (true) {
             if (warp_index() == 0) choose(bins, target - before);
-            sync_block();  // the choice is written
+            sync_search();  // the choice is written
             const uint4 bin = load_shared<uint4>(smem + CHOICE_AT), rest = load_shared<uint4>(smem + CHOICE_AT + 16);
             prefix.append(bin.x);
             before += join(bin.z, bin.w);
@@ -196,7 +205,7 @@ private:
             atomic_add_shared(at + CELLS_BYTES, static_cast<unsigned>(weight.high));
             atomic_add_shared(at + 2 * CELLS_BYTES, 1u);
         }
-        sync_block();  // the cells are complete
+        sync_search();  // the cells are complete
         for (int bin = warp_index(); bin < BINS; bin += WARPS) {
             const unsigned at = cell(bin);
             const unsigned low = load_shared<unsigned>(at), high = load_shared<unsigned>(at + CELLS_BYTES);
@@ -210,7 +219,7 @@ private:
                 store_shared<unsigned>(bins + BINS * 8 + bin * 4, counted);
             }
         }
-        sync_block();  // the bins are written
+        sync_search();  // the bins are written
     }
 
     // Of 32-bit numbers, exactly.
@@ -265,7 +274,7 @@ private:
             const Sum place = softmax.fine(score, id), sum = weight.sum();
             store_shared<uint4>(smem + at, make_uint4(low_half(place), high_half(place), low_half(sum), high_half(sum)));
         }
-        sync_block();  // the candidates are written, in whatever order
+        sync_search();  // the candidates are written, in whatever order
         const int mine = threadIdx.x;
         if (mine < counted) {
             const uint4 candidate = load_shared<uint4>(smem + CANDIDATES_AT + mine * 16);
@@ -280,7 +289,7 @@ private:
                 store_shared<uint4>(smem + RESULT_AT, make_uint4(id, 0u, low_half(before + sum), high_half(before + sum)));
             }
         }
-        sync_block();  // the result is written
+        sync_search();  // the result is written
         const uint4 result = load_shared<uint4>(smem + RESULT_AT);
         return {static_cast<int>(result.x), join(result.z, result.w)};
     }
