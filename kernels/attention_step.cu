@@ -12,8 +12,8 @@
 // those are on their way. The newest key and value go from registers to shared memory; nobody reads them from the cache
 // in this step.
 //
-// Compile-time: HEAD_DIM 32, 64 or 128; GROUP; CAUSAL 0; DTYPE_FP16 or DTYPE_BF16; TILE_ROWS 8, 16 or 32; STAGES 1 or 2;
-// CLUSTER: thread blocks of a cluster, which then are the blocks of a sequence; 1: none.
+// Compile-time: HEAD_DIM 32, 64 or 128; GROUP; CAUSAL 0; DTYPE_FP16 or DTYPE_BF16; TILE_ROWS 8, 16 or 32; STAGES 1 or
+// 2; CLUSTER: thread blocks of a cluster, which then are the blocks of a sequence; 1: none.
 // Launch (soprano_cupy/gpu/step.py): grid (row groups x splits, num_kv_heads, rows), HEAD_DIM threads.
 #include "attention_params.cuh"
 #include "device.cuh"
@@ -63,8 +63,8 @@ struct Cached {
     }
 };
 
-// What the blocks of one sequence share out. In a cluster every split has a block, as far as those go: merging costs less
-// there than a second split does.
+// How many blocks share the splits of a sequence. In a cluster every split has a block, as far as those go: merging
+// costs less there than a second split does.
 DEVICE int count_shares(const Splits& splits, int thread_blocks) {
     if (CLUSTER == 1) return splits.shares(thread_blocks);
     return splits.count < thread_blocks ? splits.count : thread_blocks;

@@ -298,11 +298,12 @@ DEVICE void sync_cluster() {
 DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Transfers: 16-byte writes into the shared memory of a block of the cluster, counted by a barrier there (8 bytes of its
-// shared memory). transfer_wait returns, and what was sent is seen, once as many bytes as expected have come. It serves
+// Transfers: 16-byte writes into the shared memory of a block of the cluster, counted by a barrier there (8 bytes of
+// its shared memory). transfer_wait returns, and what was sent is seen, once as many bytes as expected have come. It serves
 // once. One thread of the receiving block calls init, and later expect; which may come after the first bytes.
 DEVICE void transfer_init(unsigned barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(barrier) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(barrier)
+                 : "memory");
 }
 DEVICE void transfer_expect(unsigned barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -310,9 +311,10 @@ DEVICE void transfer_expect(unsigned barrier, unsigned bytes) {
 // address and barrier: as in this block, and meant in the block of rank `rank`.
 DEVICE void transfer_store(unsigned address, unsigned barrier, unsigned rank, float4 v) {
     asm volatile(
-        "{\n.reg .u32 there, counted;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counted, %1, %2;\n"
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [counted];\n}" ::"r"(
-            address),
+        "{\n.reg .u32 there, counted;\nmapa.shared::cluster.u32 there, %0, %2;\nmapa.shared::cluster.u32 counted, %1, "
+        "%2;\n"
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3, %4, %5, %6}, [counted];\n}" ::
+            "r"(address),
         "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
         : "memory");
 }
@@ -511,7 +513,7 @@ DEVICE float fused_multiply_add(float a, float b, float c) { return fmaf(a, b, c
 DEVICE float bits_to_float(int bits) { return __int_as_float(bits); }
 DEVICE unsigned float_to_bits(float value) { return __float_as_uint(value); }
 DEVICE double bits_to_double(unsigned long long bits) { return __longlong_as_double(static_cast<long long>(bits)); }
-DEVICE unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }  // the upper word of a product
+DEVICE unsigned multiply_high(unsigned a, unsigned b) { return __umulhi(a, b); }    // the upper word of a product
 DEVICE int lowest_bit(unsigned mask) { return __ffs(static_cast<int>(mask)) - 1; }  // of a mask other than 0
 
 // The value itself, of which the compiler does not see where it came from: what is computed from it is not computed

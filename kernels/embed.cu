@@ -52,8 +52,8 @@ extern "C" __global__ void __launch_bounds__(256) final_norm(const __grid_consta
     const long long row = blockIdx.x;
     if (row >= params.rows) return;
     const int columns = params.columns;
-    const float factor = inverse_rms(params.square_sums + row * sum_tiles(columns), columns, params.inverse_width,
-                                     params.epsilon);
+    const float factor =
+        inverse_rms(params.square_sums + row * sum_tiles(columns), columns, params.inverse_width, params.epsilon);
     for (int i = threadIdx.x; i < columns; i += blockDim.x) {
         const float value = load_global_fresh<float>(params.residual + row * params.stride + i);
         store_global<float>(params.states + row * columns + i, value * factor * load_global<float>(params.gain + i));

@@ -7,8 +7,8 @@
 
 #include "device.cuh"
 
-constexpr int HEAD_LANES = HEAD_DIM / 4;           // lanes that hold something
-constexpr int HALF_WORDS = HEAD_DIM / 4;           // 32-bit words of half a head in 16 bits
+constexpr int HEAD_LANES = HEAD_DIM / 4;             // lanes that hold something
+constexpr int HALF_WORDS = HEAD_DIM / 4;             // 32-bit words of half a head in 16 bits
 constexpr float INVERSE_HEAD_DIM = 1.0f / HEAD_DIM;  // a power of two
 
 struct HeadPairs {

@@ -1,8 +1,8 @@
 // From raw query, key and value products to what attention reads, for the rows of a prefill: head norms, rotation,
 // queries in 16 bits, and keys and values into the cache at each row's slot and position.
 //
-// Compile-time: HEAD_DIM 32, 64 or 128; DTYPE_FP16 or DTYPE_BF16. Launch (soprano_cupy/gpu/step.py): one thread block for
-// each row, whose warps share out the heads.
+// Compile-time: HEAD_DIM 32, 64 or 128; DTYPE_FP16 or DTYPE_BF16. Launch (soprano_cupy/gpu/step.py): one thread block
+// for each row, whose warps share out the heads.
 #include "device.cuh"
 #include "head_pairs.cuh"
 #include "step_params.cuh"

@@ -23,7 +23,7 @@
 constexpr int COLUMNS_HELD = (HIDDEN + THREADS - 1) / THREADS;  // of the hidden size, by each thread
 
 // Shared memory, in bytes; soprano_cupy/gpu/step.py counts the same.
-constexpr int PARTIAL_AT = 0;  // (best, id, least, distance) of each warp
+constexpr int PARTIAL_AT = 0;        // (best, id, least, distance) of each warp
 constexpr int SLOT_AT = WARPS * 16;  // the slot's record, so that it needs no registers while a token is drawn
 constexpr int SEARCH_AT = SLOT_AT + 64;
 constexpr int SCORES_AT = SEARCH_AT + SEARCH_BYTES;
@@ -71,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const __grid_con
     for (int i = 0; i < COLUMNS_HELD; ++i) {
         const int column = i * THREADS + threadIdx.x;
         final_gain[i] = column < HIDDEN ? load_global<float>(params.final_gain + column) : 0.0f;
-        if (column < HIDDEN) store_shared<float>(smem + GAIN_AT + column * 4, load_global<float>(params.next_gain + column));
+        if (column < HIDDEN)
+            store_shared<float>(smem + GAIN_AT + column * 4, load_global<float>(params.next_gain + column));
     }
 
     grid_dependency_wait();
@@ -93,14 +94,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sample(const __grid_con
     // The state that makes the token, and how far it is from the one before.
     const bool has_room = slot.count < params.most_tokens;
     float* state = params.states + (static_cast<long long>(slot_index) * params.most_tokens + slot.count) * HIDDEN;
-    const float factor = inverse_rms(params.square_sums + row * sum_tiles(HIDDEN), HIDDEN, params.inverse_width,
-                                     params.epsilon);
+    const float factor =
+        inverse_rms(params.square_sums + row * sum_tiles(HIDDEN), HIDDEN, params.inverse_width, params.epsilon);
     float distance = 0.0f;
 #pragma unroll
     for (int i = 0; i < COLUMNS_HELD; ++i) {
         const int column = i * THREADS + threadIdx.x;
         if (column >= HIDDEN || !has_room) continue;
-        const float value = load_global_fresh<float>(params.residual + row * params.stride + column) * factor * final_gain[i];
+        const float value =
+            load_global_fresh<float>(params.residual + row * params.stride + column) * factor * final_gain[i];
         store_global<float>(state + column, value);
         if (slot.count > 0) distance += fabsf(value - load_global_fresh<float>(state + column - HIDDEN));
     }

@@ -1,5 +1,5 @@
 // The scores of one row of logits: the repetition penalty (Keskar et al., 2019) is in them. They are looked at once in
-// registers, and after that in shared memory; a vocabulary too large for that is read again whenever a score is asked for.
+// registers, and after that in shared memory; a vocabulary too large for that is read again for every look.
 #pragma once
 
 #include "device.cuh"

@@ -36,11 +36,11 @@ static_assert(LIMB_BITS >= 12, "weights below 2^-24 of the largest count as noth
 constexpr int CELLS_BYTES = BINS * WARP_LANES * 4;  // of one quantity: low limbs, high limbs, counts
 constexpr int FIRST_AT = 3 * CELLS_BYTES;           // sums (8 bytes a bin) and counts of the first level, which is kept
 constexpr int LEVEL_BYTES = BINS * 12;
-constexpr int LATER_AT = FIRST_AT + LEVEL_BYTES;    // of the level under way
-constexpr int CHOICE_AT = LATER_AT + LEVEL_BYTES;   // the bin that holds the target: 32 bytes
-constexpr int RESULT_AT = CHOICE_AT + 32;           // 16 bytes
-constexpr int COUNTER_AT = RESULT_AT + 16;          // a word
-constexpr int CANDIDATES_AT = COUNTER_AT + 16;      // 16 bytes each
+constexpr int LATER_AT = FIRST_AT + LEVEL_BYTES;   // of the level under way
+constexpr int CHOICE_AT = LATER_AT + LEVEL_BYTES;  // the bin that holds the target: 32 bytes
+constexpr int RESULT_AT = CHOICE_AT + 32;          // 16 bytes
+constexpr int COUNTER_AT = RESULT_AT + 16;         // a word
+constexpr int CANDIDATES_AT = COUNTER_AT + 16;     // 16 bytes each
 constexpr int SEARCH_BYTES = CANDIDATES_AT + CANDIDATES * 16;
 
 DEVICE unsigned low_half(Sum value) { return static_cast<unsigned>(value); }
@@ -52,7 +52,9 @@ struct Weight {
     int high, low;
 
     DEVICE bool any() const { return high > 0 || low > 0; }
-    DEVICE Sum sum() const { return (static_cast<Sum>(high) << LIMB_BITS) + static_cast<Sum>(static_cast<long long>(low)); }
+    DEVICE Sum sum() const {
+        return (static_cast<Sum>(high) << LIMB_BITS) + static_cast<Sum>(static_cast<long long>(low));
+    }
 };
 
 // The softmax at a temperature, up to a factor.
@@ -212,8 +214,8 @@ private:
             const unsigned counted = sum_of_lanes(load_shared<unsigned>(at + 2 * CELLS_BYTES));
 #pragma unroll
             for (int i = 0; i < 3; ++i) store_shared<unsigned>(at + i * CELLS_BYTES, 0u);  // for the next level
-            const Sum sum = (sum_over_lanes(high) << LIMB_BITS) + sum_over_lanes(low) -
-                            static_cast<Sum>(counted) * HALF_LIMB;
+            const Sum sum =
+                (sum_over_lanes(high) << LIMB_BITS) + sum_over_lanes(low) - static_cast<Sum>(counted) * HALF_LIMB;
             if (lane_index() == 0) {
                 store_shared<uint2>(bins + bin * 8, make_uint2(low_half(sum), high_half(sum)));
                 store_shared<unsigned>(bins + BINS * 8 + bin * 4, counted);
@@ -245,8 +247,8 @@ private:
         return first;
     }
 
-    // Writes which bin holds the target, how many scores it has, the sum of the bins before it, and what of the target is
-    // left; by one warp.
+    // Writes which bin holds the target, how many scores it has, the sum of the bins before it, and what is left of the
+    // target; by one warp.
     DEVICE void choose(unsigned bins, Sum target) const {
         Sum before, sum;
         const Sum first = pair_sums(bins, before, sum);
@@ -272,7 +274,8 @@ private:
             if (!weight.any() || !prefix.holds(softmax, score, id)) continue;
             const unsigned at = CANDIDATES_AT + atomic_add_shared(smem + COUNTER_AT, 1u) * 16;
             const Sum place = softmax.fine(score, id), sum = weight.sum();
-            store_shared<uint4>(smem + at, make_uint4(low_half(place), high_half(place), low_half(sum), high_half(sum)));
+            store_shared<uint4>(smem + at,
+                                make_uint4(low_half(place), high_half(place), low_half(sum), high_half(sum)));
         }
         sync_search();  // the candidates are written, in whatever order
         const int mine = threadIdx.x;
@@ -286,7 +289,8 @@ private:
             }
             if (sum >= target && sum - weight < target) {
                 const unsigned id = candidate.x & ((1u << ID_BITS) - 1u);
-                store_shared<uint4>(smem + RESULT_AT, make_uint4(id, 0u, low_half(before + sum), high_half(before + sum)));
+                store_shared<uint4>(smem + RESULT_AT,
+                                    make_uint4(id, 0u, low_half(before + sum), high_half(before + sum)));
             }
         }
         sync_search();  // the result is written

@@ -1,8 +1,8 @@
 // How the thread blocks of one sequence put their splits together in a decode step.
 //
-// With CLUSTER > 1 (Hopper and newer) they are a cluster, and each sends the states of its splits into the shared memory
-// of the first, which merges them in the order of the splits. A barrier there counts the bytes that have come: no fence
-// and no barrier of all blocks stands between. Otherwise the workspace of decode_state.cuh serves.
+// With CLUSTER > 1 (Hopper and newer) they are a cluster, and each sends the states of its splits into the shared
+// memory of the first, which merges them in the order of the splits. A barrier there counts the bytes that have come:
+// no fence and no barrier of all blocks stands between. Otherwise the workspace of decode_state.cuh serves.
 #pragma once
 
 #include "decode_state.cuh"

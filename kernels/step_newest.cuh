@@ -1,5 +1,5 @@
-// The prologue of a decode step's attention: the raw products of the newest token become queries in shared memory and,
-// in the thread blocks that need them, a key and a value in shared memory, of which one block stores a copy in the cache.
+// The prologue of a decode step's attention: the raw products of the newest token become queries, a key and a value in
+// shared memory; one thread block stores the key and the value in the cache as well.
 //
 // Heads are units that the warps share out: first the query heads of this row group, then the key, then the value.
 #pragma once
@@ -9,7 +9,7 @@
 #include "head_pairs.cuh"
 #include "step_params.cuh"
 
-constexpr int LIVE_ROWS = GROUP < TILE_ROWS ? GROUP : TILE_ROWS;  // of a thread block; the last row group may have fewer
+constexpr int LIVE_ROWS = GROUP < TILE_ROWS ? GROUP : TILE_ROWS;  // of a thread block; the last may have fewer
 constexpr int UNITS = (LIVE_ROWS + 2 + WARPS - 1) / WARPS;        // of a warp
 constexpr int UNITS_AT_ONCE = UNITS < 4 ? UNITS : 4;              // whose loads are under way together
 constexpr int NEWEST_BYTES = 2 * HEAD_DIM * 2;                    // a key and a value
@@ -51,7 +51,8 @@ struct Newest {
 #pragma unroll
         for (int i = 0; i < UNITS_AT_ONCE; ++i) {
             const int u = unit(first + i), kv_head = blockIdx.y;
-            const int head = u < LIVE_ROWS ? kv_head * GROUP + first_row + u : heads + (u - LIVE_ROWS) * kv_heads + kv_head;
+            const int head =
+                u < LIVE_ROWS ? kv_head * GROUP + first_row + u : heads + (u - LIVE_ROWS) * kv_heads + kv_head;
             raw[i].clear();
             if (u < rows || (u >= LIVE_ROWS && u < LIVE_ROWS + 2)) raw[i].load_fresh(qkv + head * HEAD_DIM);
         }

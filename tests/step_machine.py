@@ -42,7 +42,11 @@ class Emulated:
         library.launch(
             launch.kernel, launch.params, grid=[d for d in launch.grid if isinstance(d, int)], threads=launch.threads,
             shared_bytes=launch.shared_bytes, cluster=launch.cluster,
-            buffers=[emulation.Buffer(array, name in written) for name, array in arrays.items()], **self.options,
+            buffers=[
+                emulation.Buffer(array, any(np.may_share_memory(array, arrays[other]) for other in written))
+                for array in arrays.values()
+            ],
+            **self.options,
         )  # fmt: skip
         return launch
 

@@ -26,31 +26,33 @@ MANY, NONE = 10_000, 0  # multiprocessors: every split gets a thread block of it
 # ---- parameters
 
 
-@pytest.mark.parametrize(
-    ("name", "struct"),
-    [
-        ("SlotState", step.SLOT_STATE), ("EmbedParams", step.EMBED_PARAMS), ("GatherParams", step.GATHER_PARAMS),
-        ("FinalNormParams", step.FINAL_NORM_PARAMS), ("QkvFinishParams", step.QKV_FINISH_PARAMS),
-        ("AttentionStepParams", attention_step.ATTENTION_STEP_PARAMS), ("SampleParams", step.SAMPLE_PARAMS),
-    ],
-)  # fmt: skip
-def test_structs_lie_in_memory_as_the_kernels_have_them(tmp_path: Path, name: str, struct: Any) -> None:
-    fields = [field for field in struct.names if field != "reserved"]
-    offsets = "".join(f"store_global<int>(p.out + {i}, offsetof({name}, {f}));\n" for i, f in enumerate(fields))
+STRUCTS = {
+    "SlotState": step.SLOT_STATE, "EmbedParams": step.EMBED_PARAMS, "GatherParams": step.GATHER_PARAMS,
+    "FinalNormParams": step.FINAL_NORM_PARAMS, "QkvFinishParams": step.QKV_FINISH_PARAMS,
+    "AttentionStepParams": attention_step.ATTENTION_STEP_PARAMS, "SampleParams": step.SAMPLE_PARAMS,
+}  # fmt: skip
+
+
+def test_structs_lie_in_memory_as_the_kernels_have_them(tmp_path: Path) -> None:
+    """Offsets of all fields and the sizes, as the kernels' compiler sees them."""
+    places = [
+        f"offsetof({name}, {field})" for name, s in STRUCTS.items() for field in s.names or () if field != "reserved"
+    ]
+    places += [f"sizeof({name})" for name in STRUCTS]
+    stores = "".join(f"store_global<int>(p.out + {i}, {place});\n" for i, place in enumerate(places))
     probe = tmp_path / "probe.cu"
     probe.write_text(
         '#include <cstddef>\n#include "step_params.cuh"\n'
         "struct Probe { int* out; long long unused[2]; };\n"
-        'extern "C" void probe(Probe p) {\nif (threadIdx.x != 0) return;\n'
-        f"{offsets}store_global<int>(p.out + {len(fields)}, sizeof({name}));\n}}\n",
+        f'extern "C" void probe(Probe p) {{\nif (threadIdx.x != 0) return;\n{stores}}}\n',
         encoding="utf-8",
     )
-    out = np.zeros(len(fields) + 1, np.int32)
+    out = np.zeros(len(places), np.int32)
     params = np.array([out.ctypes.data, 0, 0], np.uint64).tobytes()
     library = emulation.build(probe, {"DTYPE_BF16": 1})
     library.launch("probe", params, grid=(1, 1, 1), threads=32, shared_bytes=16)
-    assert out[:-1].tolist() == [struct.fields[field][1] for field in fields]
-    assert out[-1] == struct.itemsize
+    expected = [offset for s in STRUCTS.values() for name, (_, offset) in s.fields.items() if name != "reserved"]
+    assert out.tolist() == [*expected, *(s.itemsize for s in STRUCTS.values())]
 
 
 def test_the_constants_are_those_of_the_kernels() -> None:
@@ -230,7 +232,7 @@ POSITIONS, SLOTS = (0, 1, 62, 63, 64, 127, 128, 200, 256), (3, -1, 0, 5, 1, 7, 4
     ("dtype", "arch", "head_dim", "group", "kv_heads"),
     [
         ("bfloat16", 900, 128, 4, 1), ("bfloat16", 800, 64, 3, 2), ("float16", 750, 128, 8, 1),
-        ("float16", 900, 32, 40, 1), ("bfloat16", 900, 64, 1, 3),
+        ("float16", 900, 32, 40, 1),
     ],
 )  # fmt: skip
 def test_a_step_has_the_bits_of_its_parts(dtype: str, arch: int, head_dim: int, group: int, kv_heads: int) -> None:
@@ -257,7 +259,7 @@ def test_splits_of_several_blocks() -> None:
     assert_as_separately(case, [Emulated(900, MANY), Emulated(800, MANY), Emulated(800, NONE)])
 
 
-@pytest.mark.parametrize("guess", ["{-1, 0}", "{5, 271}", "{0, 0}"])
+@pytest.mark.parametrize("guess", ["{-1, 0}", "{5, 271}"])
 def test_a_wrong_guess_costs_time_only(tmp_path: Path, guess: str) -> None:
     """Slot and position read before the kernels before are done may be those of an earlier step."""
     text = "const Place guessed = Place::guess(params);"
@@ -379,7 +381,7 @@ def test_scores_that_are_hard_to_tell_apart(kind: str) -> None:
 
 def test_hundreds_of_draws_are_those_of_the_package() -> None:
     """No mismatch is expected: a boundary comes within 1e-6 of the random number in one case of some 100,000."""
-    sampling = Sampling(voices_of_all_kinds(400, seed=11), range(400), vocab=130, hidden=16)
+    sampling = Sampling(voices_of_all_kinds(250, seed=11), range(250), vocab=130, hidden=16)
     random_steps(sampling, Emulated(), 1, scale=2.0)
 
 
@@ -456,6 +458,19 @@ def test_rows_of_a_prefill_go_to_other_rows_of_the_step() -> None:
     assert np.isnan(a["next_residual"][1]).all()
 
 
+def test_the_next_input_may_take_the_place_of_the_present_one() -> None:
+    apart, together = (Sampling(voices_of_all_kinds(6), range(6)) for _ in range(2))
+    for name in ("residual", "square_sums"):
+        together.arrays[f"next_{name}"] = together.arrays[name]
+    for sampling in (apart, together):
+        for row in range(6):
+            sampling.fill(row, filled(row, (300,)), filled(row + 9, (48,)))
+        sampling.launch(Emulated())
+    for name in ("next_residual", "next_hidden", "next_square_sums", "states", "tokens"):
+        columns = slice(None, 48 if name == "next_residual" else None)
+        assert same_bits(together.arrays[name][..., columns].copy(), apart.arrays[name][..., columns].copy())
+
+
 def test_the_order_of_threads_changes_nothing() -> None:
     results = []
     for options in ({}, {"reverse": True}):
@@ -465,7 +480,7 @@ def test_the_order_of_threads_changes_nothing() -> None:
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("barrier", range(10))
+@pytest.mark.parametrize("barrier", range(6))
 def test_missing_barriers_of_the_search_are_caught(barrier: int) -> None:
     """Of the warps' extremes, the cells, the bins, the choice, of a second level, the candidates and the result."""
     drawn = Sampling([voice(temperature=3.0, top_p=0.9)], [0], vocab=2000)

@@ -86,9 +86,7 @@ template <typename T> T load_shared(unsigned address) {
 template <typename T> void store_shared(unsigned address, T value) {
     emulation::write_shared(address, &value, sizeof(T));
 }
-inline unsigned atomic_add_shared(unsigned address, unsigned value) {
-    return emulation::add_shared(address, value);
-}
+inline unsigned atomic_add_shared(unsigned address, unsigned value) { return emulation::add_shared(address, value); }
 template <typename T> T load_global(const void* address) {
     T value;
     emulation::read_global(address, &value, sizeof(T));
@@ -225,7 +223,9 @@ inline double bits_to_double(unsigned long long bits) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
 }
-inline unsigned multiply_high(unsigned a, unsigned b) { return unsigned((static_cast<unsigned long long>(a) * b) >> 32); }
+inline unsigned multiply_high(unsigned a, unsigned b) {
+    return unsigned((static_cast<unsigned long long>(a) * b) >> 32);
+}
 inline int lowest_bit(unsigned mask) { return __builtin_ctz(mask); }
 
 #endif  // SOPRANO_DEVICE_CUH

@@ -44,13 +44,13 @@ struct Warp {
 
 struct Barrier {
     std::vector<int> waiting;
-    int expected = 0, arrived = 0;                 // threads in all; of those, how many do not wait
-    std::vector<std::uint32_t> joining;            // clocks of those, see SharedMemory
+    int expected = 0, arrived = 0;       // threads in all; of those, how many do not wait
+    std::vector<std::uint32_t> joining;  // clocks of those, see SharedMemory
 };
 
 struct Mbarrier {
     int expected = 0, pending = 0;
-    long bytes = 0;  // announced and not yet there
+    long bytes = 0;       // announced and not yet there
     unsigned phases = 0;  // completed
     std::vector<int> waiting;
     std::vector<std::uint32_t> joining, released;
@@ -422,7 +422,8 @@ void mbarrier_init(unsigned address, int arrivals) {
 
 void mbarrier_arrive(unsigned address, long announced_bytes) {
     Mbarrier& barrier = mbarrier_at(address);
-    if (barrier.pending <= 0) fail("more arrivals at the mbarrier at %u than the %d expected", address, barrier.expected);
+    if (barrier.pending <= 0)
+        fail("more arrivals at the mbarrier at %u than the %d expected", address, barrier.expected);
     machine.shared.release(machine.warp(), barrier.joining);
     barrier.bytes += announced_bytes;
     --barrier.pending;
@@ -478,7 +479,8 @@ void transfer_init(unsigned barrier) {
 
 static Transfer& find_transfer(int block, unsigned barrier) {
     const auto found = machine.transfers.find({block, barrier});
-    if (found == machine.transfers.end()) fail("a transfer to block %d of the cluster, whose barrier is not ready", block);
+    if (found == machine.transfers.end())
+        fail("a transfer to block %d of the cluster, whose barrier is not ready", block);
     return found->second;
 }
 
