@@ -10,9 +10,9 @@
 // cores.
 //
 // Compile-time: DTYPE_BF16 or DTYPE_FP16, END, NORM and RAGGED (linear_ends.cuh), GROUPS (1 or 2), WARPGROUPS (of a group, 64 * PRODUCTS features each),
-// PRODUCTS (1 or 2), TILE_ROWS (64, 96, 128, 192, 256), STAGES, BLOCKS (per multiprocessor), CONSUMER_REGISTERS and
+// PRODUCTS (1 or 2), SPLITS (blocks of a cluster that divide the depth of one tile; 1: no clusters), TILE_ROWS (64, 96, 128, 192, 256), STAGES, BLOCKS (per multiprocessor), CONSUMER_REGISTERS and
 // PRODUCER_REGISTERS (both 0: as launched).
-// Launch: (GROUPS * WARPGROUPS + 1) * 128 threads, any grid along x.
+// Launch: (GROUPS * WARPGROUPS + 1) * 128 threads, any grid along x; with clusters SPLITS blocks for every tile.
 #include "device.cuh"
 #include "linear_params.cuh"
 #include "linear_ends.cuh"
@@ -41,11 +41,12 @@ struct Producer {
     __device__ __forceinline__ void load_weights(int stage, int tile, int step) const {
         const u32 full = smem.full(stage);
         mbarrier_arrive_expect(full, INPUT_BYTES + WEIGHT_BYTES);
-        tma_load_tiles(smem.weights + stage * WEIGHT_BYTES, weights, full, step * STEP_PRODUCTS,
+        tma_load_tiles(smem.weights + stage * WEIGHT_BYTES, weights, full, (schedule.first_step + step) * STEP_PRODUCTS,
                        schedule.first_feature(tile) / TILE_FEATURES);
     }
     __device__ __forceinline__ void load_input(int stage, int tile, int step) const {
-        tma_load_rows(smem.input + stage * INPUT_BYTES, input, smem.full(stage), step * DEPTH_STEP,
+        tma_load_rows(smem.input + stage * INPUT_BYTES, input, smem.full(stage),
+                      (schedule.first_step + step) * DEPTH_STEP,
                       schedule.first_row(tile));
     }
     // Weights of the first tile for as many stages as there are.
@@ -141,6 +142,35 @@ __device__ __forceinline__ void load_fragments(Fragments& a, u32 address) {
         }
 }
 
+// The blocks of a cluster hold the same tile, summed over different parts of the depth. Each takes END_ROWS rows of it
+// and adds what all blocks have of them, in the order of their ranks. Part r in the ring of the receiving block is that
+// of block r: value i of all consumer threads, then value i + 1; the threads hold the same places in every block.
+__device__ __forceinline__ void merge(const Shared smem, u32 rank, const float (&d)[PRODUCTS][ACCUMULATORS],
+                                      float (&sum)[PRODUCTS][END_ACCUMULATORS]) {
+    constexpr u32 VALUE_BYTES = CONSUMERS * WARPGROUP * 4, PART_BYTES = PRODUCTS * END_ACCUMULATORS * VALUE_BYTES;
+    const u32 mine = smem.input + (threadIdx.x - WARPGROUP) * 4;
+    cluster_sync();  // every block is done with its ring
+#pragma unroll
+    for (int to = 0; to < SPLITS; ++to) {
+        const u32 part = cluster_address(mine + rank * PART_BYTES, to);
+#pragma unroll
+        for (int n = 0; n < PRODUCTS; ++n)
+#pragma unroll
+            for (int i = 0; i < END_ACCUMULATORS; ++i)
+                cluster_store(part + (n * END_ACCUMULATORS + i) * VALUE_BYTES, d[n][to * END_ACCUMULATORS + i]);
+    }
+    cluster_sync();  // every part is there
+#pragma unroll
+    for (int n = 0; n < PRODUCTS; ++n)
+#pragma unroll
+        for (int i = 0; i < END_ACCUMULATORS; ++i) {
+            const u32 value = mine + (n * END_ACCUMULATORS + i) * VALUE_BYTES;
+            sum[n][i] = shared_load(value);
+#pragma unroll
+            for (int from = 1; from < SPLITS; ++from) sum[n][i] += shared_load(value + from * PART_BYTES);
+        }
+}
+
 __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem, const Schedule schedule,
                                         int consumer) {
     const int group = consumer / WARPGROUPS, member = consumer % WARPGROUPS;
@@ -150,6 +180,7 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
     const u32 fragments = smem.weights + (member * 4 + warp) * PRODUCTS * PACKED_STEP_BYTES + lane * 16;
     const u64 input = descriptor_k_major(smem.input);
     const int steps = schedule.steps;
+    const u32 rank = SPLITS == 1 ? 0 : cluster_rank();
     constexpr int GROUP_BARRIER = 1 + CONSUMERS;  // of group 0; the first ones are the warpgroups' own
     // A group enters the ring only when the other has passed through it: a parity tells two phases apart, not three.
     if (GROUPS == 2 && group == 1) named_barrier_arrive(GROUP_BARRIER, CONSUMERS * WARPGROUP);
@@ -157,7 +188,8 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
 #pragma unroll 1
     for (int turn = group, index; (index = schedule.tile(turn)) < schedule.tiles; turn += GROUPS) {
         const Place place{schedule.first_feature(index) + (member * 4 + warp) * WARP_FEATURES,
-                          schedule.first_feature(index) + member * WARPGROUP_FEATURES, schedule.first_row(index)};
+                          schedule.first_feature(index) + member * WARPGROUP_FEATURES,
+                          schedule.first_row(index) + static_cast<int>(rank) * END_ROWS};
         End end(p, place);
         float d_rmem[PRODUCTS][ACCUMULATORS];
         Fragments a_rmem[STAGE_PARTS];
@@ -195,14 +227,26 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
 
         const int factor_slot = turn % FACTOR_SLOTS;
         if (p.square_sums) mbarrier_wait(smem.factors_full(factor_slot), turn / FACTOR_SLOTS & 1);
-        end.finish(p, place, smem.staging + consumer * STAGING_BYTES, smem.factor(factor_slot, 0), 1 + consumer,
-                   d_rmem);
+        const u32 staging = smem.staging + consumer * STAGING_BYTES, factors = smem.factor(factor_slot, rank * END_ROWS);
+#if SPLITS == 1
+        end.finish(p, place, staging, factors, 1 + consumer, d_rmem);
+#else
+        float sum_rmem[PRODUCTS][END_ACCUMULATORS];
+        merge(smem, rank, d_rmem, sum_rmem);
+        end.finish(p, place, staging, factors, 1 + consumer, sum_rmem);
+#endif
         __syncwarp();  // all lanes have read the factors
         if (p.square_sums && leader) mbarrier_arrive(smem.factors_empty(factor_slot));
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+#if SPLITS > 1
+#define CLUSTER __cluster_dims__(SPLITS, 1, 1)
+#else
+#define CLUSTER
+#endif
+
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     linear_hopper(const __grid_constant__ LinearHopperParams params) {
     grid_dependency_launch();
     const LinearParams& p = params.linear;
@@ -234,6 +278,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         grid_dependency_wait();
         if (threadIdx.x == 0) producer.run();
         if (p.square_sums && threadIdx.x >= 32) measure_rows(p, smem, schedule);
+        if (SPLITS > 1 && schedule.tile(0) < schedule.tiles) {  // the two barriers of `merge`, which take every thread
+            cluster_sync();
+            cluster_sync();
+        }
     } else {
         if constexpr (CONSUMER_REGISTERS > 0) registers_claim<CONSUMER_REGISTERS>();
         consume(p, smem, schedule, warpgroup - 1);

@@ -28,14 +28,15 @@ __device__ __forceinline__ void load_four(float (&out)[4], const float* values, 
 
 // ---- float rows: STORE, ADD, RESIDUAL ----
 //
-// Through a warp's own 32 rows of 16 floats and 4 of padding: writing, lanes of one t meet the banks 8 t + g (+ 16 i); reading
+// Through a warp's own CHUNK_ROWS rows of 16 floats and 4 of padding: writing, lanes of one t meet the banks 8 t + g (+ 16 i); reading
 // 16 bytes a lane, eight lanes take rows r and r + 4, whose banks lie 16 apart. So neither meets a conflict.
 
-constexpr int CHUNK_ROWS = 32;
-constexpr int CHUNKS = TILE_ROWS / CHUNK_ROWS;
+constexpr int CHUNK_ROWS = END_ROWS < 32 ? END_ROWS : 32;
+constexpr int CHUNK_EIGHTS = CHUNK_ROWS / 8;
+constexpr int CHUNKS = END_ROWS / CHUNK_ROWS;
 constexpr int STAGED_ROW_BYTES = 80;
 constexpr u32 WARP_STAGING_BYTES = CHUNK_ROWS * STAGED_ROW_BYTES;
-constexpr int PARTS = PRODUCTS * CHUNKS;  // a part: 16 features of 32 rows
+constexpr int PARTS = PRODUCTS * CHUNKS;  // a part: 16 features of CHUNK_ROWS rows
 // Parts of the residual requested before the main loop, or else at its end, and how many at once: what registers allow.
 constexpr bool AHEAD_OF_PRODUCTS = PRODUCTS * ACCUMULATORS <= 64;
 constexpr bool WHOLE_AHEAD = AHEAD_OF_PRODUCTS && PRODUCTS == 1 && CONSUMERS < 3;
@@ -45,7 +46,7 @@ static_assert(4 * WARP_STAGING_BYTES <= STAGING_BYTES, "four warps share a stagi
 struct FloatEnd {
     float bias[PRODUCTS][4];
     float gain[PRODUCTS][4];
-    float4 residual[PARTS_AHEAD][4];
+    float4 residual[PARTS_AHEAD][CHUNK_EIGHTS];
     int read_row, column;  // of a lane in 8 rows of 16 features
 
     __device__ __forceinline__ FloatEnd(const LinearParams& p, const Place& place) {
@@ -72,7 +73,7 @@ struct FloatEnd {
         const float* source = p.residual + (feature < p.features ? feature : 0);
         const int first_row = opaque(place.row + part / PRODUCTS * CHUNK_ROWS + read_row);  // not kept for write_row
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
+        for (int k = 0; k < CHUNK_EIGHTS; ++k) {
             const int row = min(first_row + 8 * k, p.rows - 1);
             residual[part % PARTS_AHEAD][k] = load_ahead(source + static_cast<long long>(row) * p.residual_stride);
         }
@@ -83,7 +84,7 @@ struct FloatEnd {
     }
 
     __device__ __forceinline__ void finish(const LinearParams& p, const Place& place, u32 staging, u32 factors, int,
-                                           const float (&d)[PRODUCTS][ACCUMULATORS]) {
+                                           const float (&d)[PRODUCTS][END_ACCUMULATORS]) {
         const int lane = threadIdx.x % 32;
         const u32 area = staging + threadIdx.x % WARPGROUP / 32 * WARP_STAGING_BYTES;
         const u32 write = area + 2 * (lane % 4) * STAGED_ROW_BYTES + lane / 4 * 4;
@@ -95,16 +96,16 @@ struct FloatEnd {
             if (!AHEAD_OF_PRODUCTS && chunk == 0) load_vectors(p, place, n);
             __syncwarp();  // the part before is read
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
+            for (int j = 0; j < CHUNK_EIGHTS; ++j)
 #pragma unroll
                 for (int v = 0; v < 4; ++v)
                     store_shared<float>(write + (8 * j + v % 2) * STAGED_ROW_BYTES + v / 2 * 32,
-                                        d[n][4 * (4 * chunk + j) + v]);
+                                        d[n][4 * (CHUNK_EIGHTS * chunk + j) + v]);
             __syncwarp();
             const int feature = opaque(place.warp_feature + n * TILE_FEATURES + column);
             const int first_row = opaque(chunk * CHUNK_ROWS + read_row);
 #pragma unroll
-            for (int k = 0; k < 4; ++k) {
+            for (int k = 0; k < CHUNK_EIGHTS; ++k) {
                 const int tile_row = first_row + 8 * k;
                 const float4 sums = load_shared<float4>(read + 8 * k * STAGED_ROW_BYTES);
                 const float factor = NORM ? load_shared<float>(factors + 4 * tile_row) : 1.0f;
@@ -178,10 +179,10 @@ struct FloatEnd {
 
 constexpr int COLUMNS = WARPGROUP_FEATURES / (END == END_SWIGLU ? 2 : 1);
 constexpr int CHUNKS_A_ROW = COLUMNS / 8;
-constexpr int STAGED_ROWS = (8192 / (2 * COLUMNS) < TILE_ROWS) ? 8192 / (2 * COLUMNS) : TILE_ROWS;
-constexpr int ROUNDS = (TILE_ROWS + STAGED_ROWS - 1) / STAGED_ROWS;
+constexpr int STAGED_ROWS = (8192 / (2 * COLUMNS) < END_ROWS) ? 8192 / (2 * COLUMNS) : END_ROWS;
+constexpr int ROUNDS = (END_ROWS + STAGED_ROWS - 1) / STAGED_ROWS;
 constexpr int MATRICES_ROWS = END == END_SWIGLU ? 32 : 16;  // rows that one stmatrix of four matrices covers
-static_assert(STAGED_ROWS % 32 == 0 && TILE_ROWS % 32 == 0, "whole matrices in every round");
+static_assert(FLOAT_STAGING || (STAGED_ROWS % MATRICES_ROWS == 0 && END_ROWS % MATRICES_ROWS == 0), "whole matrices in every round");
 
 __device__ __forceinline__ constexpr u32 staged_chunk(int row, int chunk) {
     if (CHUNKS_A_ROW == 4) return row / 2 * 128 + ((row % 2 * 4 + (chunk ^ (row / 2 & 3))) << 4);
@@ -219,7 +220,7 @@ struct ElementEnd {
     }
 
     // Outputs of a lane at rows 8 j + 2 t and the next: of feature g + 8 i (GELU), or of gate g and up g (SWIGLU).
-    __device__ __forceinline__ u32 pair(const float (&d)[ACCUMULATORS], int n, int j, int i, float2 factor) const {
+    __device__ __forceinline__ u32 pair(const float (&d)[END_ACCUMULATORS], int n, int j, int i, float2 factor) const {
         const int at = 4 * j + 2 * i;
         if (END == END_GELU)
             return pack2(gelu_fast(fmaf(d[at], factor.x, bias[n][i])),
@@ -230,7 +231,7 @@ struct ElementEnd {
     }
 
     __device__ __forceinline__ void finish(const LinearParams& p, const Place& place, u32 staging, u32 factors,
-                                           int barrier, const float (&d)[PRODUCTS][ACCUMULATORS]) {
+                                           int barrier, const float (&d)[PRODUCTS][END_ACCUMULATORS]) {
         const int thread = threadIdx.x % WARPGROUP, warp = thread / 32, lane = thread % 32;
         const int matrix = lane / 8, matrix_row = lane % 8;
         const int columns = p.features / (END == END_SWIGLU ? 2 : 1);  // of the output
@@ -244,7 +245,7 @@ struct ElementEnd {
 #pragma unroll
             for (int rows = 0; rows < STAGED_ROWS; rows += MATRICES_ROWS) {
                 const int j = (round * STAGED_ROWS + rows) / 8;
-                if (8 * j >= TILE_ROWS) break;
+                if (8 * j >= END_ROWS) break;
 #pragma unroll
                 for (int n = 0; n < PRODUCTS; ++n) {
                     const int tile = warp * PRODUCTS + n;
@@ -265,7 +266,7 @@ struct ElementEnd {
                 const int unit = k * WARPGROUP + thread, chunk = unit % CHUNKS_A_ROW, row = unit / CHUNKS_A_ROW;
                 const int tile_row = round * STAGED_ROWS + row, column = first_column + 8 * chunk;
                 const uint4 words = load_shared<uint4>(staging + staged_chunk(row, chunk));
-                if (tile_row >= TILE_ROWS || place.row + tile_row >= p.rows) continue;
+                if (tile_row >= END_ROWS || place.row + tile_row >= p.rows) continue;
                 write_chunk(p, place.row + tile_row, column, columns - column, words);
             }
         }

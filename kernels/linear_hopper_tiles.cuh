@@ -3,6 +3,7 @@
 
 #include "linear_params.cuh"
 #include "hopper.cuh"
+#include "linear_hopper_products.cuh"
 
 constexpr int CONSUMERS = GROUPS * WARPGROUPS;           // warpgroups that compute
 constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;     // warpgroup 0: one copying thread, three warps for the norm
@@ -10,6 +11,8 @@ constexpr int WARP_FEATURES = PRODUCTS * TILE_FEATURES;  // neighbours, so that 
 constexpr int WARPGROUP_FEATURES = 4 * WARP_FEATURES;
 constexpr int BLOCK_FEATURES = WARPGROUPS * WARPGROUP_FEATURES;  // of a tile
 constexpr int PACKED_TILES = BLOCK_FEATURES / TILE_FEATURES;
+constexpr int END_ROWS = TILE_ROWS / SPLITS;  // that a block of a cluster brings to their end
+constexpr int END_ACCUMULATORS = ACCUMULATORS / SPLITS;
 constexpr int GROUP_WARPS = WARPGROUPS * WARPGROUP / 32;
 constexpr int STEP_PRODUCTS = DEPTH_STEP / 16;                    // a stage of the ring is DEPTH_STEP deep
 constexpr int STAGE_PARTS = PRODUCTS * TILE_ROWS >= 256 ? 4 : 2;  // whose weights are in registers by turns
@@ -22,6 +25,9 @@ constexpr u32 INPUT_BYTES = TILE_ROWS * PANEL_ROW_BYTES;
 constexpr u32 STAGING_BYTES = 10240;  // of a warpgroup, for its way from accumulators to rows of the output
 constexpr int FACTOR_SLOTS = 2;
 constexpr int NORM_THREADS = WARPGROUP - 32;
+static_assert(SPLITS == 1 || GROUPS == 1, "a cluster has one tile");
+static_assert(PRODUCTS * ACCUMULATORS * CONSUMERS * WARPGROUP * 4 <= STAGES * (WEIGHT_BYTES + INPUT_BYTES),
+              "the parts of a cluster's sums fit into the ring");
 
 // Shared memory, from a multiple of 1024 bytes: the rings, the staging areas, the norm's factors, the barriers.
 struct Shared {
@@ -56,16 +62,20 @@ struct Slot {
     }
 };
 
-// The block's tiles: features run fastest, so that blocks at work together share rows of the input and all weights.
+// The block's tiles: features run fastest, so that blocks at work together share rows of the input and all weights. The
+// blocks of a cluster have the same tile and a part of the depth each.
 struct Schedule {
-    int feature_blocks, tiles, steps;
+    int feature_blocks, tiles;
+    int first_step, steps;  // of the depth
 
     __device__ explicit Schedule(const LinearParams& p) {
         feature_blocks = (p.features + BLOCK_FEATURES - 1) / BLOCK_FEATURES;
         tiles = feature_blocks * ((p.rows + TILE_ROWS - 1) / TILE_ROWS);
-        steps = p.depth / DEPTH_STEP;
+        const int all = p.depth / DEPTH_STEP, part = SPLITS == 1 ? 0 : blockIdx.x % SPLITS;
+        first_step = all * part / SPLITS;
+        steps = all * (part + 1) / SPLITS - first_step;
     }
-    __device__ int tile(int turn) const { return blockIdx.x + turn * gridDim.x; }
+    __device__ int tile(int turn) const { return blockIdx.x / SPLITS + turn * (gridDim.x / SPLITS); }
     __device__ int first_feature(int tile) const { return tile % feature_blocks * BLOCK_FEATURES; }
     __device__ int first_row(int tile) const { return tile / feature_blocks * TILE_ROWS; }
 };

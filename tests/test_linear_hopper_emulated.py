@@ -23,6 +23,8 @@ WIDE = Variant(groups=1, warpgroups=1, products=2, rows=64, stages=2)
 PAIR = Variant(groups=1, warpgroups=2, products=1, rows=128, stages=2)
 TURNS = Variant(groups=2, warpgroups=1, products=1, rows=96, stages=3)
 WIDE_TURNS = Variant(groups=2, warpgroups=1, products=2, rows=128, stages=4)
+SPLIT = Variant(groups=1, warpgroups=1, products=1, rows=64, stages=3, splits=4)
+SPLIT_PAIR = Variant(groups=1, warpgroups=2, products=1, rows=64, stages=2, splits=2)
 ROWS_256 = Variant(groups=1, warpgroups=1, products=1, rows=256, stages=2)
 
 # Each on two multiprocessors: a block has several tiles, or none.
@@ -37,6 +39,9 @@ CASES: list[tuple[LinearCase, Variant]] = [
     (LinearCase(End.GELU, 200, 144, 130, dtype="float16", bias=True, padding=8), PAIR),
     (LinearCase(End.GELU, 270, 160, 70, bias=True), ROWS_256),
     (LinearCase(End.ADD, 270, 136, 200, dtype="float16", bias=True, in_place=True), WIDE_TURNS),
+    (LinearCase(End.RESIDUAL, 130, 90, 380, norm=True, padding=2), SPLIT),
+    (LinearCase(End.SWIGLU, 135, 2 * 72, 200, norm=True), SPLIT_PAIR),
+    (LinearCase(End.STORE, 140, 150, 130, dtype="float16", bias=True), SPLIT_PAIR),
     (LinearCase(End.ADD, 300, 140, 64, dtype="float16", bias=True, padding=4), TURNS),
 ]
 
@@ -79,7 +84,7 @@ def run(case: LinearCase, variant: Variant, blocks: int = 0, **sabotage: int) ->
     ]
     emulation.build("emulation/linear_hopper.cu", dict(launch.defines), 900).launch(
         launch.kernel, launch.params, grid=(blocks or launch.grid[0], 1, 1), threads=launch.threads,
-        shared_bytes=launch.shared_bytes, buffers=buffers, **sabotage,
+        shared_bytes=launch.shared_bytes, buffers=buffers, cluster=launch.cluster, **sabotage,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@
 
 #define __device__
 #define __forceinline__ inline
+#define __cluster_dims__(...)
 
 using u32 = unsigned int;
 using u64 = unsigned long;
@@ -42,6 +43,14 @@ inline void __syncthreads() { emulation::sync_block(); }
 inline void __syncwarp() { emulation::sync_warp(); }
 inline unsigned __shfl_sync(unsigned, unsigned value, int lane) { return emulation::shuffle(value, lane); }
 template <int REGISTERS> void registers_release() {}
+inline void cluster_sync() { emulation::sync_cluster(); }
+// A shared address in another block: its rank above the address.
+constexpr int RANK_SHIFT = 24;
+inline u32 cluster_address(u32 address, u32 rank) { return address | rank << RANK_SHIFT; }
+inline void cluster_store(u32 address, float value) {
+    emulation::write_shared_of(address & ((1u << RANK_SHIFT) - 1), address >> RANK_SHIFT, &value, sizeof value);
+}
+inline float shared_load(u32 address) { return load_shared<float>(address); }
 template <int REGISTERS> void registers_claim() {}
 
 // ---- copies by tensor map: a box, its innermost rows one after the other; zeros where it leaves the array

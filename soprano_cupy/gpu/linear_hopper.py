@@ -15,7 +15,7 @@ from .linear import DEPTH_STEP, DTYPE_DEFINES, TILE_FEATURES, End, LinearRequest
 SOURCE = "linear_hopper.cu"
 KERNEL = "linear_hopper"
 CAPABILITY = (9, 0)  # wgmma and setmaxnreg exist on this architecture alone
-LEAST_ROWS = 128  # below this the kernels without wgmma serve as well
+LEAST_ROWS = 33  # below this the kernels without wgmma serve as well; linear_shapes.py knows where they are better
 
 PRODUCT_FEATURES = 64  # of one wgmma
 WARPGROUP = 128  # threads
@@ -41,6 +41,7 @@ class Variant:
     blocks: int = 1  # of a multiprocessor
     consumer_registers: int = 0  # 0: as launched
     producer_registers: int = 0
+    splits: int = 1  # blocks of a cluster that divide the depth of one tile
 
     @property
     def features(self) -> int:
@@ -70,7 +71,8 @@ class Variant:
         return self.products * self.rows // 2
 
     def __str__(self) -> str:
-        return f"{self.features}x{self.rows} g{self.groups} w{self.warpgroups} s{self.stages} b{self.blocks}"
+        parts = {"g": self.groups, "w": self.warpgroups, "s": self.stages, "b": self.blocks, "c": self.splits}
+        return f"{self.features}x{self.rows} " + " ".join(f"{name}{count}" for name, count in parts.items())
 
     @property
     def defines(self) -> tuple[tuple[str, int], ...]:
@@ -81,6 +83,7 @@ class Variant:
             ("TILE_ROWS", self.rows),
             ("STAGES", self.stages),
             ("BLOCKS", self.blocks),
+            ("SPLITS", self.splits),
             ("CONSUMER_REGISTERS", self.consumer_registers),
             ("PRODUCER_REGISTERS", self.producer_registers),
         )
@@ -90,6 +93,10 @@ class Variant:
 # fewer sums fit twice into a multiprocessor: one block's ends and first loads then hide behind the other's products.
 CANDIDATES = (
     Variant(1, 1, 1, 64, 6, 2),  # 64 x 64
+    Variant(1, 1, 1, 64, 6, 2, splits=2),  # the same, the depth divided
+    Variant(1, 1, 1, 64, 6, 2, splits=4),
+    Variant(1, 1, 1, 128, 4, 2, 184, 56, splits=2),
+    Variant(1, 1, 1, 128, 4, 2, 184, 56, splits=4),
     Variant(1, 1, 2, 64, 4, 2, 184, 56),  # 128 x 64
     Variant(1, 1, 1, 128, 4, 2, 184, 56),  # 64 x 128
     Variant(1, 2, 1, 64, 6, 1, 224, 56),  # 128 x 64, four stages and more for long depths
@@ -108,6 +115,8 @@ PRODUCTS_A_CYCLE = 2048  # multiply-adds, 16-bit
 BYTES_A_CYCLE = 48.0  # from the L2 cache into shared memory
 START_CYCLES = 1800.0  # until the first product: barriers, the first copies
 TURN_CYCLES = 300.0  # between the tiles of a block
+MERGE_CYCLES = 1200.0  # two barriers of a cluster, and what is sent between them
+CYCLES_A_MICROSECOND = 1700.0
 END_CYCLES = {End.STORE: 0.10, End.SWIGLU: 0.12, End.RESIDUAL: 0.25, End.GELU: 0.20, End.ADD: 0.20}  # of one element
 
 
@@ -129,29 +138,33 @@ def refusal(request: LinearRequest) -> str | None:
     return None
 
 
-def serves(variant: Variant, end: End) -> bool:
-    """Whether the variant has registers enough for this end."""
-    return end != End.RESIDUAL or variant.consumers < 3
+def serves(variant: Variant, request: LinearRequest) -> bool:
+    """Whether the variant has registers enough for the end, and the depth something for every block of a cluster."""
+    if request.end == End.RESIDUAL and variant.consumers > 2:
+        return False
+    matrices_rows = {End.GELU: 16, End.SWIGLU: 32}.get(request.end, 8)  # that the end takes at a time
+    return request.padded_depth // DEPTH_STEP >= variant.splits and variant.rows // variant.splits >= matrices_rows
 
 
 def estimate(variant: Variant, request: LinearRequest) -> float:
     """Microseconds, roughly: what the table is ordered by."""
     columns, rows = -(-request.features // variant.features), -(-request.most_rows // variant.rows)
-    tiles = columns * rows
-    turns = -(-tiles // (request.multiprocessors * variant.blocks))
-    sharing = min(variant.blocks, -(-tiles // request.multiprocessors))  # blocks at work on a multiprocessor
+    blocks = columns * rows * variant.splits
+    turns = -(-blocks // (request.multiprocessors * variant.blocks))
+    sharing = min(variant.blocks, -(-blocks // request.multiprocessors))  # blocks at work on a multiprocessor
     multiply = variant.features * variant.rows * DEPTH_STEP / PRODUCTS_A_CYCLE
     load = variant.stage_bytes / BYTES_A_CYCLE
-    main = request.padded_depth // DEPTH_STEP * max(multiply, load) * sharing
-    end = variant.features * variant.rows * END_CYCLES[request.end] / variant.warpgroups
+    main = -(-request.padded_depth // DEPTH_STEP // variant.splits) * max(multiply, load) * sharing
+    end = variant.features * variant.rows * END_CYCLES[request.end] / variant.warpgroups / variant.splits
     hidden = variant.groups > 1 or sharing > 1
     body = turns * (max(main, end) if hidden else main + end) + (end if hidden else 0.0)
-    return (START_CYCLES + body + (turns - 1) * TURN_CYCLES) / 1700.0
+    merge = MERGE_CYCLES if variant.splits > 1 else 0.0
+    return (START_CYCLES + body + merge + (turns - 1) * TURN_CYCLES) / CYCLES_A_MICROSECOND
 
 
 def choose(request: LinearRequest) -> Variant:
     """The variant with the shortest estimated time."""
-    return min((v for v in CANDIDATES if serves(v, request.end)), key=lambda v: estimate(v, request))
+    return min((v for v in CANDIDATES if serves(v, request)), key=lambda v: estimate(v, request))
 
 
 def plan(request: LinearRequest, variant: Variant | None = None) -> Launch | None:
@@ -164,7 +177,8 @@ def plan(request: LinearRequest, variant: Variant | None = None) -> Launch | Non
         return None
     variant = variant or choose(request)
     tiles = -(-request.features // variant.features) * -(-request.most_rows // variant.rows)
-    blocks = min(tiles, request.multiprocessors * variant.blocks)
+    most = request.multiprocessors * variant.blocks if variant.splits == 1 else tiles
+    blocks = min(tiles, most) * variant.splits
     return Launch(
         source=SOURCE,
         kernel=KERNEL,
@@ -175,6 +189,7 @@ def plan(request: LinearRequest, variant: Variant | None = None) -> Launch | Non
         params=request.params().ljust(PARAMS_HEAD_BYTES, b"\0") + b"".join(_maps(request, variant)),
         fields=request.fields(),
         specific=True,
+        cluster=variant.splits,
     )
 
 
