@@ -174,7 +174,7 @@ def test_element_staging_is_a_permutation_without_conflicts(nvrtc, chunks):
     [
         ({"capability": (8, 9)}, "needs compute capability 9.0, not 8.9"),
         ({"capability": (10, 0)}, "not 10.0"),
-        ({"rows": 64}, "64 rows are fewer"),
+        ({"rows": 32}, "32 rows are fewer"),
         ({"input_stride": 516}, "multiples of 16 bytes"),
         ({"end": End.RESIDUAL, "residual": 8 << 20, "residual_stride": 770}, "residual's rows"),
         ({"end": End.GELU, "output_stride": 772}, "multiples of 8 elements"),

@@ -34,7 +34,7 @@ class Pointer:
     def __add__(self, offset: int) -> Pointer:
         return Pointer(self.memory, self.ptr + offset)
 
-    def memset(self, value: int, nbytes: int) -> None:
+    def memset_async(self, value: int, nbytes: int) -> None:
         raw_view(self.ptr, (nbytes,), np.uint8)[:] = value
 
 

@@ -14,13 +14,24 @@ from .launch import Launch
 from .step_launch import ELEMENT_BYTES, dtype_define, floats, ints, make_launch, param_struct
 
 # Thread blocks of a sequence in a decode step. The blocks of a cluster (compute capability 9.0 and newer) put their
-# results together in one block's shared memory, which costs about two barriers of a cluster; so every split of a
-# sequence gets a block of its own as long as all blocks run at once. From `decode.ENOUGH_BLOCKS` on a sequence has one
-# block, as measured for attention_decode.cu, whose arithmetic this is.
+# results together in one block's shared memory. What an H200 took with 4 query heads on 1 KV head, head_dim 128,
+# bfloat16 and 256 tokens, in microseconds, as blocks of a cluster and stages:
+#
+#     rows   1      2, 1   2, 2   4, 1   4, 2   8, 1   8, 2
+#     1      4.69   3.69   3.79   2.92   2.94   2.93   2.95
+#     8      4.80   3.74   3.83   2.99   2.98   3.11   3.02
+#     16     5.02   3.96   3.86   3.43   3.03   3.69   4.67
+#     32     5.08   4.60   3.91   3.82   5.89   5.23   7.56
+#     64     6.06   5.08   5.14   6.53   8.99   8.19
+#     128    6.95   6.45   9.88   10.4   15.9
+#     512    18.7   25.8   38.6
+#
+# So the largest cluster with which there is at most one block a multiprocessor, two stages as long as there is half of
+# that; and two blocks up to two a multiprocessor.
 CLUSTERS_FROM = (9, 0)
 CLUSTER_SIZES = (8, 4, 2)  # 8 is the most that every GPU takes
-CLUSTER_BLOCKS = 1.6  # for each multiprocessor, at most
-BLOCKS_OF_TWO_STAGES = 1  # of clusters, for each multiprocessor, at most
+CLUSTER_BLOCKS = {8: 1.0, 4: 1.0, 2: 2.0}  # for each multiprocessor, at most, by the size of a cluster
+BLOCKS_OF_TWO_STAGES = 0.5  # of clusters, for each multiprocessor, at most
 
 ATTENTION_STEP_PARAMS = param_struct(
     "qkv q_gain k_gain rope slot_of_row slots keys values attended workspace",
@@ -67,14 +78,16 @@ def attention_step_shape(
     count = rows * num_kv_heads * row_groups
     most = decode.most_splits(capacity, tile.block_keys)
     live_rows = min(group, tile.rows)
-    if capability >= CLUSTERS_FROM and count < decode.ENOUGH_BLOCKS * multiprocessors:
+    if capability >= CLUSTERS_FROM:
+        limit = SHARED_BYTES_PER_SM.get(capability, UNKNOWN_SHARED_BYTES) - RESERVED_SHARED_BYTES
         for size in CLUSTER_SIZES:
-            if size >= 2 * most or count * size > CLUSTER_BLOCKS * multiprocessors:
+            if size >= 2 * most or count * size > CLUSTER_BLOCKS[size] * multiprocessors:
                 continue
-            stages = 2 if most > size and count * size <= BLOCKS_OF_TWO_STAGES * multiprocessors else 1
-            shape = AttentionStepShape(replace(tile, stages=stages), row_groups, size, size, live_rows, most)
-            if shape.shared_bytes <= SHARED_BYTES_PER_SM.get(capability, UNKNOWN_SHARED_BYTES) - RESERVED_SHARED_BYTES:
-                return shape
+            two = most > size and count * size <= BLOCKS_OF_TWO_STAGES * multiprocessors
+            for stages in (2, 1) if two else (1,):
+                shape = AttentionStepShape(replace(tile, stages=stages), row_groups, size, size, live_rows, most)
+                if shape.shared_bytes <= limit:
+                    return shape
     splits = decode.select_splits(count, capacity, tile.block_keys, multiprocessors)
     stages = decode.select_stages(tile, count * splits, capability, multiprocessors) if most > splits else 1
     return AttentionStepShape(replace(tile, stages=stages), row_groups, splits, 1, live_rows, most)

@@ -165,7 +165,7 @@ class StreamTable:
 
 
 class GpuStream(DecoderStream):
-    """One voice. States that make no sample final yet wait: the first audio costs one run, not one a token."""
+    """One voice. States wait until a token's samples are final: the first audio costs one run, not one a token."""
 
     def __init__(self, decoder: GpuDecoder, table: StreamTable, slot: int) -> None:
         self._decoder, self._table, self._slot = decoder, table, slot
@@ -175,7 +175,7 @@ class GpuStream(DecoderStream):
         self._release.atexit = False
 
     def push(self, states: Array) -> np.ndarray:
-        """Take (n, input_size) further states; return the float32 samples that are final now, maybe none."""
+        """Take (n, input_size) further states; return the samples that are final now, a token's at least, or none."""
         if not self._release.alive:
             raise ParameterError("the utterance has ended; begin a new stream")
         if len(states) == 0:
@@ -202,7 +202,8 @@ class GpuStream(DecoderStream):
 
     def _run(self, *, ends: bool) -> np.ndarray:
         piece = self._table.piece(self._slot, self._turn, self._done, self._put, ends=ends)
-        if piece.hops == 0:
+        # A run costs the same for a part of a token's samples, and chunks are whole tokens.
+        if piece.hops < (1 if ends else self._table.config.frames_per_token):
             return np.empty(0, np.float32)
         samples = self._table.run([piece])
         self._turn ^= 1
