@@ -132,10 +132,10 @@ def test_streams_equal_wholes(decoder: GpuDecoder, standin: Any, chunk: int, pla
 
 
 def test_the_first_states_wait(decoder: GpuDecoder, standin: Any) -> None:
-    """Two blocks and the transform look four frames ahead: the first state makes nothing, the second the first hop."""
+    """Two blocks and the transform look four frames ahead: a token's four hops are there with the third state."""
     (states,) = states_of(6)
     stream = decoder.stream()
-    assert [len(stream.push(states[i : i + 1])) // CONFIG.hop_length for i in range(6)] == [0, 1, 4, 4, 4, 4]
+    assert [len(stream.push(states[i : i + 1])) // CONFIG.hop_length for i in range(6)] == [0, 0, 5, 4, 4, 4]
     assert [rows for rows, _, _ in standin.queues.runs] == [8, 4, 4, 4, 4]
     assert len(stream.finish()) == 3 * CONFIG.hop_length
 
