@@ -112,12 +112,14 @@ CANDIDATES = (
 
 # The estimate, in cycles of a multiprocessor.
 PRODUCTS_A_CYCLE = 2048  # multiply-adds, 16-bit
-BYTES_A_CYCLE = 48.0  # from the L2 cache into shared memory
+SHARED_BYTES_A_CYCLE = 128.0  # read by products and written by copies
+LOADED_BYTES_A_CYCLE = 48.0  # from the L2 cache into shared memory
 START_CYCLES = 1800.0  # until the first product: barriers, the first copies
 TURN_CYCLES = 300.0  # between the tiles of a block
 MERGE_CYCLES = 1200.0  # two barriers of a cluster, and what is sent between them
-CYCLES_A_MICROSECOND = 1700.0
-END_CYCLES = {End.STORE: 0.10, End.SWIGLU: 0.12, End.RESIDUAL: 0.25, End.GELU: 0.20, End.ADD: 0.20}  # of one element
+CYCLES_A_MICROSECOND = 1600.0
+END_CYCLES = {End.STORE: 0.10, End.SWIGLU: 0.10, End.RESIDUAL: 0.20, End.GELU: 0.15, End.ADD: 0.15}  # of one element
+END_LATENCY_CYCLES = 800.0
 
 
 def refusal(request: LinearRequest) -> str | None:
@@ -146,16 +148,24 @@ def serves(variant: Variant, request: LinearRequest) -> bool:
     return request.padded_depth // DEPTH_STEP >= variant.splits and variant.rows // variant.splits >= matrices_rows
 
 
+def stage_cycles(variant: Variant) -> float:
+    """What 64 of the depth take: the products, their shared memory, or the way there. Each product of 64 features reads
+    all rows of the stage again, and its own weights."""
+    multiply = variant.features * variant.rows * DEPTH_STEP / PRODUCTS_A_CYCLE
+    products = variant.features // PRODUCT_FEATURES
+    read = products * (variant.rows + PRODUCT_FEATURES) * DEPTH_STEP * ELEMENT_BYTES
+    shared = (read + variant.stage_bytes) / SHARED_BYTES_A_CYCLE
+    return max(multiply, shared, variant.stage_bytes / LOADED_BYTES_A_CYCLE)
+
+
 def estimate(variant: Variant, request: LinearRequest) -> float:
     """Microseconds, roughly: what the table is ordered by."""
     columns, rows = -(-request.features // variant.features), -(-request.most_rows // variant.rows)
     blocks = columns * rows * variant.splits
     turns = -(-blocks // (request.multiprocessors * variant.blocks))
     sharing = min(variant.blocks, -(-blocks // request.multiprocessors))  # blocks at work on a multiprocessor
-    multiply = variant.features * variant.rows * DEPTH_STEP / PRODUCTS_A_CYCLE
-    load = variant.stage_bytes / BYTES_A_CYCLE
-    main = -(-request.padded_depth // DEPTH_STEP // variant.splits) * max(multiply, load) * sharing
-    end = variant.features * variant.rows * END_CYCLES[request.end] / variant.warpgroups / variant.splits
+    main = -(-request.padded_depth // DEPTH_STEP // variant.splits) * stage_cycles(variant) * sharing
+    end = variant.features * variant.rows * END_CYCLES[request.end] / variant.splits + END_LATENCY_CYCLES
     hidden = variant.groups > 1 or sharing > 1
     body = turns * (max(main, end) if hidden else main + end) + (end if hidden else 0.0)
     merge = MERGE_CYCLES if variant.splits > 1 else 0.0
