@@ -240,6 +240,43 @@ def test_a_step_has_the_bits_of_its_parts(dtype: str, arch: int, head_dim: int, 
     assert_as_separately(case, [Emulated(arch, MANY), Emulated(arch, NONE)])
 
 
+def shape_for(**change: Any) -> attention_step.AttentionStepShape:
+    return step.attention_step_shape(**{**SHAPE_SIZES, **change})
+
+
+SHAPE_SIZES: dict[str, Any] = {
+    "dtype": "bfloat16", "capability": (9, 0), "multiprocessors": 132, "rows": 1, "num_heads": 4, "num_kv_heads": 1,
+    "head_dim": 128, "capacity": 1024,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "splits", "clusters"),
+    [
+        ({"rows": 2000}, 1, False), ({"capacity": 64}, 1, False), ({"capacity": 130}, 4, True),
+        ({"capacity": 30_000}, 118, False),  # more states than shared memory takes
+        ({"capability": (8, 0)}, 16, False), ({"capability": (12, 0)}, 8, True),
+        ({"capability": (7, 5), "dtype": "float16"}, 16, False),
+    ],
+)  # fmt: skip
+def test_how_many_thread_blocks_take_a_sequence(change: dict[str, Any], splits: int, clusters: bool) -> None:
+    shape = shape_for(**change)
+    assert (shape.splits, shape.cluster) == (splits, splits if clusters else 1)
+    wanted = step.attention_step_workspace_bytes(**{**SHAPE_SIZES, **change})
+    assert (wanted > attention_step.decode.ARRIVAL_BYTES) == (splits > 1 and not clusters)
+    assert (wanted == 0) == (splits == 1 or clusters)
+
+
+def test_clusters_shrink_as_rows_come() -> None:
+    """Never more blocks than the table allows, and never a smaller cluster where it allows a larger."""
+    table = attention_step.CLUSTER_BLOCKS
+    for rows in range(1, 400):
+        shape = shape_for(rows=rows)
+        allowed = [size for size, share in table.items() if rows * size <= share * 132]
+        assert shape.cluster == max(allowed, default=1)
+        assert shape.shared_bytes <= 227 * 1024
+
+
 def test_every_way_of_sharing_gives_the_same_bits() -> None:
     """Clusters of 2, 4 and 8, the workspace, one block; one stage and two; threads in the other order."""
     case = StepCase(POSITIONS[5:], SLOTS[5:])
