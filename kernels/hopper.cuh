@@ -66,6 +66,13 @@ __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
     }
 }
 
+// True in one lane of a warp, all of whose lanes call this. The compiler knows it to be one.
+__device__ __forceinline__ bool elect_one() {
+    u32 elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+    return elected != 0;
+}
+
 // ---- copies by tensor map: one box from global memory into shared memory, completing on an mbarrier ----
 
 __device__ __forceinline__ void tma_prefetch_map(const TensorMap* map) {

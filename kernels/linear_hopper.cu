@@ -4,7 +4,7 @@
 // weights arrives as it lies in memory and a lane reads its words of 16 x 16 weights in one 128-bit access. X is the right
 // operand, rows along N, as a copy with the 128-byte swizzle lays it into shared memory. Both copies go by tensor maps.
 //
-// One thread copies; three warps beside it work out the norm's factors; the other warpgroups compute. Blocks stay and
+// One warp copies; three beside it work out the norm's factors; the other warpgroups compute. Blocks stay and
 // walk over tiles of BLOCK_FEATURES x TILE_ROWS. All tiles of a block pass through one ring of stages, in order. With
 // GROUPS = 2 the groups of warpgroups take every second tile: while one finishes its tile, the other has the tensor
 // cores.
@@ -29,49 +29,62 @@ struct LinearHopperParams {
 };
 static_assert(sizeof(LinearHopperParams) == 384, "soprano_cupy/gpu/linear_hopper.py packs it");
 
-// ---- the copying thread ----
+// ---- the copying warp ----
 
+// One lane of a warp requests the copies; the others go with it, so that addresses are uniform and no step needs more
+// than a few instructions. Where a tile lies is worked out once a tile: a division costs as much as four products.
 struct Producer {
     const TensorMap *input, *weights;
     const Shared smem;
     const Schedule schedule;
 
     // Announces all bytes of a stage and requests its weights, which no other kernel writes. What lies past the ends of an
-    // array arrives as zeros, and counts as bytes.
-    __device__ __forceinline__ void load_weights(int stage, int tile, int step) const {
+    // array arrives as zeros, and counts as bytes. packed_tile: the first of the block's tile.
+    __device__ __forceinline__ void load_weights(int stage, int packed_tile, int step) const {
         const u32 full = smem.full(stage);
         mbarrier_arrive_expect(full, INPUT_BYTES + WEIGHT_BYTES);
         tma_load_tiles(smem.weights + stage * WEIGHT_BYTES, weights, full, (schedule.first_step + step) * STEP_PRODUCTS,
-                       schedule.first_feature(tile) / TILE_FEATURES);
+                       packed_tile);
     }
-    __device__ __forceinline__ void load_input(int stage, int tile, int step) const {
+    __device__ __forceinline__ void load_input(int stage, int row, int step) const {
         tma_load_rows(smem.input + stage * INPUT_BYTES, input, smem.full(stage),
-                      (schedule.first_step + step) * DEPTH_STEP,
-                      schedule.first_row(tile));
+                      (schedule.first_step + step) * DEPTH_STEP, row);
     }
     // Weights of the first tile for as many stages as there are.
     __device__ __forceinline__ void begin() const {
         if (schedule.tile(0) >= schedule.tiles) return;
+        const bool elected = elect_one();
+        const int packed_tile = opaque(schedule.first_feature(schedule.tile(0)) / TILE_FEATURES);
 #pragma unroll 1
-        for (int step = 0; step < min(STAGES, schedule.steps); ++step) load_weights(step, schedule.tile(0), step);
+        for (int step = 0; step < min(STAGES, schedule.steps); ++step) {
+            if (elected) load_weights(step, packed_tile, step);
+        }
     }
     // Everything else, once the input is there.
     __device__ __forceinline__ void run() const {
-        int begun = min(STAGES, schedule.steps);
-        Slot slot(0);
+        if (schedule.tile(0) >= schedule.tiles) return;
+        const bool elected = elect_one();
+        const int begun = min(STAGES, schedule.steps), first_row = opaque(schedule.first_row(schedule.tile(0)));
+#pragma unroll 1
+        for (int step = 0; step < begun; ++step) {
+            if (elected) load_input(step, first_row, step);
+        }
+        Slot slot(begun);
+        int step = begun;
 #pragma unroll 1
         for (int turn = 0, tile; (tile = schedule.tile(turn)) < schedule.tiles; ++turn) {
+            const int packed_tile = opaque(schedule.first_feature(tile) / TILE_FEATURES);
+            const int row = opaque(schedule.first_row(tile));
 #pragma unroll 1
-            for (int step = 0; step < schedule.steps; ++step) {
-                if (begun > 0) {
-                    --begun;
-                } else {
-                    mbarrier_wait(smem.empty(slot.stage), slot.parity ^ 1);
-                    load_weights(slot.stage, tile, step);
+            for (; step < schedule.steps; ++step) {
+                mbarrier_wait(smem.empty(slot.stage), slot.parity ^ 1);
+                if (elected) {
+                    load_weights(slot.stage, packed_tile, step);
+                    load_input(slot.stage, row, step);
                 }
-                load_input(slot.stage, tile, step);
                 slot.advance();
             }
+            step = 0;
         }
     }
 };
@@ -265,6 +278,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
             mbarrier_init(smem.factors_empty(slot), GROUP_WARPS);
         }
         mbarrier_init_fence();
+    }
+    if (threadIdx.x < 32) {
+        __syncwarp();
         producer.begin();
     }
     __syncthreads();  // the barriers are ready
@@ -276,7 +292,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     if (warpgroup == 0) {
         if constexpr (PRODUCER_REGISTERS > 0) registers_release<PRODUCER_REGISTERS>();
         grid_dependency_wait();
-        if (threadIdx.x == 0) producer.run();
+        if (threadIdx.x < 32) producer.run();
         if (p.square_sums && threadIdx.x >= 32) measure_rows(p, smem, schedule);
         if (SPLITS > 1 && schedule.tile(0) < schedule.tiles) {  // the two barriers of `merge`, which take every thread
             cluster_sync();

@@ -42,6 +42,7 @@ inline void named_barrier_arrive(int id, int threads) { emulation::arrive_named(
 inline void __syncthreads() { emulation::sync_block(); }
 inline void __syncwarp() { emulation::sync_warp(); }
 inline unsigned __shfl_sync(unsigned, unsigned value, int lane) { return emulation::shuffle(value, lane); }
+inline bool elect_one() { return lane_index() == 0; }
 template <int REGISTERS> void registers_release() {}
 inline void cluster_sync() { emulation::sync_cluster(); }
 // A shared address in another block: its rank above the address.
