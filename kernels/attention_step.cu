@@ -5,12 +5,12 @@
 // The arithmetic on keys and values is that of attention_decode.cu, from the same headers: splits by the sequence's own
 // length, each reduced from a fresh state, merged in order. Which thread blocks do it changes no bit.
 //
-// Between memory and arithmetic stand only two waits. Before grid_dependency_wait the block guesses slot and position
-// (what it reads may be a step old), asks for those keys and values in the second-level cache, and clears what it
-// will not fill. Behind the wait it reads slot and position afresh, both at once since the slot is hardly ever another
-// than guessed, starts the copies of the keys and values before the newest, and turns raw products into queries while
-// those are on their way. The newest key and value go from registers to shared memory; nobody reads them from the cache
-// in this step.
+// Latency is what a step for one voice consists of, so nothing waits for what can be guessed. Before
+// grid_dependency_wait the block reads slot and position, which may be a step old, and asks for those keys and values
+// in the second-level cache. Behind the wait it asks for slot and position again and, before they come, starts the
+// copies that the guess stands for; hardly ever do they have to be started anew. Raw products become queries while the
+// copies are on their way. The newest key and value go from registers to shared memory; nobody reads them from the
+// cache in this step.
 //
 // Compile-time: HEAD_DIM 32, 64 or 128; GROUP; CAUSAL 0; DTYPE_FP16 or DTYPE_BF16; TILE_ROWS 8, 16 or 32; STAGES 1 or
 // 2; CLUSTER: thread blocks of a cluster, which then are the blocks of a sequence; 1: none.
@@ -74,22 +74,40 @@ DEVICE int count_shares(const Splits& splits, int thread_blocks) {
 struct Place {
     int slot, position;
 
-    DEVICE static Place guess(const AttentionStepParams& params) {
+    DEVICE bool operator==(const Place& other) const { return slot == other.slot && position == other.position; }
+
+    // What is there now: before grid_dependency_wait it may be a step old. The position of slot `likely` is asked for at
+    // the same time; that of another slot only once the slot is known, by settle.
+    DEVICE static Place read(const AttentionStepParams& params, int likely) {
         Place place{load_global_fresh<int>(params.slot_of_row + blockIdx.z), 0};
-        if (place.slot >= 0) place.position = load_global_fresh<int>(&params.slots[place.slot].position);
-        if (place.position < 0 || place.position >= params.capacity) place.position = 0;
+        if (likely >= 0) place.position = load_global_fresh<int>(&params.slots[likely].position);
         return place;
     }
-    DEVICE static Place read(const AttentionStepParams& params, const Place& guessed) {
-        Place place{load_global_fresh<int>(params.slot_of_row + blockIdx.z), 0};
-        if (guessed.slot >= 0) place.position = load_global_fresh<int>(&params.slots[guessed.slot].position);
-        if (place.slot >= 0 && place.slot != guessed.slot) {
-            place.position = load_global_fresh<int>(&params.slots[place.slot].position);
-        }
-        if (place.position < 0 || place.position >= params.capacity) place = {-1, 0};
-        return place;
+    DEVICE void settle(const AttentionStepParams& params, int likely) {
+        if (slot >= 0 && slot != likely) position = load_global_fresh<int>(&params.slots[slot].position);
+        if (slot < 0 || position < 0 || position >= params.capacity) *this = {-1, 0};
     }
 };
+
+// Starts the copies of the first blocks of keys and values of a share, of the keys before the newest.
+DEVICE void start_copies(const AttentionStepParams& params, const Place& place, int share, unsigned first_stage) {
+    const Cached cached(params, place.slot);
+    const Splits splits(place.position + 1);
+    const int shares = count_shares(splits, params.splits), begin = share << splits.shift;
+#pragma unroll
+    for (int stage = 0; stage < STAGES; ++stage) {
+        const unsigned keys_smem = first_stage + stage * STAGE_BYTES;
+        const int block = stage == 0 ? begin : splits.after(begin, shares);  // the first exists, or reads nothing
+        if (stage == 0 || block < splits.blocks) {
+            load_keys(keys_smem, cached.keys, cached.token_stride, block * BLOCK_KEYS, place.position);
+        }
+        copy_async_commit();  // also of nothing, so that as many groups are always behind a block's
+        if (stage == 0 || block < splits.blocks) {
+            load_values(keys_smem + VALUES_AT, cached.values, cached.token_stride, block * BLOCK_KEYS, place.position);
+        }
+        copy_async_commit();
+    }
+}
 
 DEVICE AttentionParams workspace_params(const AttentionStepParams& params) {
     AttentionParams p;
@@ -126,7 +144,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR /
 
     Newest newest(params, row_group);
     newest.clear_unused(smem + QUERIES_AT);
-    const Place guessed = Place::guess(params);
+    Place guessed = Place::read(params, -1);
+    guessed.settle(params, -1);
     float4 angles = load_angles(params.rope, guessed.position);
     if (guessed.slot >= 0) {
         const Cached cached(params, guessed.slot);
@@ -141,27 +160,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR /
     }
 
     grid_dependency_wait();
+    Place place = Place::read(params, guessed.slot);
     newest.ask(0);
-    const Place place = Place::read(params, guessed);
+    if (guessed.slot >= 0) start_copies(params, guessed, share, first_stage);
+    place.settle(params, guessed.slot);
+    if (!(place == guessed)) {
+        copy_async_wait<0>();  // what the wrong guess has started; each lane asks for the same places again
+        if (place.slot >= 0) start_copies(params, place, share, first_stage);
+    }
     const int position = place.position;  // keys before this one are in the cache
     const Splits splits(position + 1);
     const int shares = count_shares(splits, params.splits);
-    if (place.slot < 0 || share >= shares) return;
+    if (place.slot < 0 || share >= shares) {
+        copy_async_wait<0>();
+        return;
+    }
     const Cached cached(params, place.slot);
     const int begin = share << splits.shift;
-#pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage) {
-        const unsigned keys_smem = first_stage + stage * STAGE_BYTES;
-        const int block = stage == 0 ? begin : splits.after(begin, shares);  // the first exists, or reads nothing
-        if (stage == 0 || block < splits.blocks) {
-            load_keys(keys_smem, cached.keys, cached.token_stride, block * BLOCK_KEYS, position);
-        }
-        copy_async_commit();  // also of nothing, so that as many groups are always behind a block's
-        if (stage == 0 || block < splits.blocks) {
-            load_values(keys_smem + VALUES_AT, cached.values, cached.token_stride, block * BLOCK_KEYS, position);
-        }
-        copy_async_commit();
-    }
 
     if (position != guessed.position) angles = load_angles(params.rope, position);
     const int last_split = (splits.blocks - 1) >> splits.shift;

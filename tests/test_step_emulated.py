@@ -296,14 +296,14 @@ def test_splits_of_several_blocks() -> None:
     assert_as_separately(case, [Emulated(900, MANY), Emulated(800, MANY), Emulated(800, NONE)])
 
 
-@pytest.mark.parametrize("guess", ["{-1, 0}", "{5, 271}"])
+@pytest.mark.parametrize("guess", ["{-1, 0}", "{5, 271}", "{0, 100}"])
 def test_a_wrong_guess_costs_time_only(tmp_path: Path, guess: str) -> None:
     """Slot and position read before the kernels before are done may be those of an earlier step."""
-    text = "const Place guessed = Place::guess(params);"
+    text = "    guessed.settle(params, -1);"
     source = (emulation.KERNELS / "attention_step.cu").read_text(encoding="utf-8")
     assert source.count(text) == 1
     mutant = tmp_path / "mutant.cu"
-    mutant.write_text(source.replace(text, f"const Place guessed{guess};"), encoding="utf-8")
+    mutant.write_text(source.replace(text, f"guessed = {guess};"), encoding="utf-8")
     case = StepCase(POSITIONS, SLOTS)
     expected = run_step(case, Emulated(900, MANY))
     machine = Emulated(900, MANY)
