@@ -1,6 +1,8 @@
 """Word error rates of the bundled voice, one for each dtype that the device runs, as pocketsphinx hears it.
 
     python benchmarks/intelligibility.py [--sentences FILE] [--device cpu] [--out FILE]
+    python benchmarks/intelligibility.py --device cuda --save FOLDER      speak only, where there is a GPU
+    python benchmarks/intelligibility.py --heard FOLDER                   listen to that, where pocketsphinx is
 
 Needs `pip install 'soprano-cupy[test]'`. The sentences are those of the reference data (120 held-out ones), greedy,
 with a repetition penalty of 1.2. Nothing is written when a dtype is more than one point worse than float32.
@@ -9,9 +11,12 @@ with a repetition penalty of 1.2. Nothing is written when a dtype is more than o
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -27,7 +32,10 @@ DTYPES = {"cpu": ("float32", "bfloat16", "int8"), "cuda": ("float32", "bfloat16"
 ALLOWED_POINTS = 1.0  # of word error rate above float32's
 
 
-def word_error_rate(sentences: list[str], audio: list[np.ndarray]) -> float:
+Spoken = tuple[str, list[bytes]]  # a dtype and its sentences, as the recogniser takes them
+
+
+def word_error_rate(sentences: list[str], audio: list[bytes]) -> float:
     """Percent of all words that are heard wrong, missed or invented."""
     import pocketsphinx
 
@@ -35,7 +43,7 @@ def word_error_rate(sentences: list[str], audio: list[np.ndarray]) -> float:
     errors = total = 0
     for sentence, samples in zip(sentences, audio, strict=True):
         listener.start_utt()
-        listener.process_raw(to_recogniser(samples), full_utt=True)
+        listener.process_raw(samples, full_utt=True)
         listener.end_utt()
         heard = words(listener.hyp().hypstr) if listener.hyp() else []
         errors += word_errors(words(sentence), heard)
@@ -43,25 +51,67 @@ def word_error_rate(sentences: list[str], audio: list[np.ndarray]) -> float:
     return 100 * errors / total
 
 
+def spoken(sentences: list[str], device: str) -> Iterator[Spoken]:
+    for dtype in DTYPES[device]:
+        tts = SopranoTTS("mini", device, dtype=dtype)
+        yield dtype, [to_recogniser(samples) for samples in tts.infer_batch(sentences)]
+
+
+def save(folder: Path, found: Iterator[Spoken], facts: dict[str, Any]) -> None:
+    """Everything that `load` needs on another machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for dtype, audio in found:
+        names.append(dtype)
+        arrays = {str(i): np.frombuffer(samples, "<i2") for i, samples in enumerate(audio)}
+        np.savez_compressed(folder / f"{dtype}.npz", **arrays)
+    (folder / "facts.json").write_text(json.dumps({"facts": facts, "dtypes": names}))
+
+
+def load(folder: Path) -> tuple[Iterator[Spoken], dict[str, Any]]:
+    """What `save` left: the sentences of each dtype, and the facts of the machine that spoke them."""
+    saved = json.loads((folder / "facts.json").read_text())
+
+    def found() -> Iterator[Spoken]:
+        for dtype in saved["dtypes"]:
+            with np.load(folder / f"{dtype}.npz") as arrays:
+                yield dtype, [arrays[str(i)].tobytes() for i in range(len(arrays.files))]
+
+    return found(), saved["facts"]
+
+
+def listen(sentences: list[str], found: Iterator[Spoken], device: str) -> list[Row]:
+    """Word error rates; ends the run when one is too far above float32's, which comes first."""
+    rows: list[Row] = []
+    for dtype, audio in found:
+        rate = word_error_rate(sentences, audio)
+        limit = rows[0].value + ALLOWED_POINTS if rows else None
+        sys.stdout.write(f"intelligibility/{device}/{dtype}: {rate:.2f} % of words wrong\n")
+        sys.stdout.flush()
+        if limit is not None and rate > limit:
+            raise SystemExit(f"more than {limit:.2f} %: nothing is written")
+        rows.append(Row(f"intelligibility/{device}/{dtype}", rate, "% wrong", len(sentences), limit=limit))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sentences", type=Path, default=SHARED / "voice" / "sentences.txt", help="one a line")
     parser.add_argument("--device", choices=sorted(DTYPES), default="cpu")
+    parser.add_argument("--save", type=Path, help="only speak, into this folder")
+    parser.add_argument("--heard", type=Path, help="listen to what --save left in this folder")
     parser.add_argument("--out", type=Path, help="result file; benchmarks/results/<machine>-intelligibility.json")
     options = parser.parse_args()
     sentences = options.sentences.read_text(encoding="utf-8").splitlines()
-    rows: list[Row] = []
-    for dtype in DTYPES[options.device]:
-        audio = SopranoTTS("mini", options.device, dtype=dtype).infer_batch(sentences)
-        rate = word_error_rate(sentences, audio)
-        limit = rows[0].value + ALLOWED_POINTS if rows else None
-        sys.stdout.write(f"intelligibility/{options.device}/{dtype}: {rate:.2f} % of words wrong\n")
-        sys.stdout.flush()
-        if limit is not None and rate > limit:
-            raise SystemExit(f"more than {limit:.2f} %: nothing is written")
-        rows.append(Row(f"intelligibility/{options.device}/{dtype}", rate, "% wrong", len(sentences), limit=limit))
-    gpu = options.device == "cuda"
-    facts = machine_facts(gpu=gpu)
+    if options.heard:
+        found, facts = load(options.heard)
+    else:
+        found, facts = spoken(sentences, options.device), machine_facts(gpu=options.device == "cuda")
+    if options.save:
+        save(options.save, found, facts)
+        return
+    gpu = facts["gpu"] is not None
+    rows = listen(sentences, found, "cuda" if gpu else "cpu")
     out = options.out or RESULTS / f"{facts['machine'] if gpu else 'cpu'}-intelligibility.json"
     write_results(out, "intelligibility", facts, {}, rows, len(rows))
 
