@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import Extension
 
 FOLDER = Path("soprano_cupy/cpu")
-COMPILE_ARGS = ["-O3", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
+COMPILE_ARGS = ["-O3", "-g0", "-std=gnu11", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
 
 
 def cpu_extensions() -> list[Extension]:

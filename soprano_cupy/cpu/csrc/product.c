@@ -43,15 +43,19 @@ void product_share(Team *team, const Kernels *k, const Product *p) {
     const Matrix *m = p->matrix;
     float tile[TILE_ROWS * BLOCK] __attribute__((aligned(4096)));
     int chunks = ceil_div(p->x->rows, TILE_ROWS), panels = PANELS;
-    /* A block's panels are taken together unless that leaves members idle. */
-    if (m->blocks * chunks < 2 * team->threads) panels = p->finish == SWIGLU ? 2 : 1;
+    /* All rows stay with a block, so that its weights come from memory once, and a block's panels are taken together,
+     * unless that leaves members idle. */
+    int groups = m->blocks < 2 * team->threads ? chunks : 1, rows = groups == 1 ? p->x->rows : TILE_ROWS;
+    if (m->blocks * groups < 2 * team->threads) panels = p->finish == SWIGLU ? 2 : 1;
     int splits = PANELS / panels;
-    for (int i; (i = team_take(team, m->blocks * splits * chunks)) >= 0;) {
-        Unit u = {.block = i / (splits * chunks), .panel = i / chunks % splits * panels, .panels = panels};
-        u.first = i % chunks * TILE_ROWS;
-        u.rows = p->x->rows - u.first < TILE_ROWS ? p->x->rows - u.first : TILE_ROWS;
-        k->multiply[m->dtype](m, u.block, u.panel, u.panels, p->x, u.first, u.rows, tile);
-        finish_unit(k, p, &u, tile);
+    for (int i; (i = team_take(team, m->blocks * splits * groups)) >= 0;) {
+        Unit u = {.block = i / (splits * groups), .panel = i / groups % splits * panels, .panels = panels};
+        int first = i % groups * rows, end = p->x->rows - first < rows ? p->x->rows : first + rows;
+        for (u.first = first; u.first < end; u.first += TILE_ROWS) {
+            u.rows = end - u.first < TILE_ROWS ? end - u.first : TILE_ROWS;
+            k->multiply[m->dtype](m, u.block, u.panel, u.panels, p->x, u.first, u.rows, tile);
+            finish_unit(k, p, &u, tile);
+        }
     }
 }
 

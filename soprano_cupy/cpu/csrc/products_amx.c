@@ -13,7 +13,8 @@
 #include "target.h"
 TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-int8,amx-bf16")
 
-#define HEIGHT 16 /* rows of a full tile */
+#define HEIGHT 16   /* rows of a full tile */
+#define FAR_AHEAD 8 /* tiles, into the second-level cache, which holds more than the first has room for */
 #define UNROLL _Pragma("GCC unroll 8")
 
 /* The layout that LDTILECFG reads. */
@@ -61,8 +62,11 @@ static inline __attribute__((always_inline)) void bfloat16_block(const int row_t
     UNROLL for (int i = 0; i < row_tiles * panels; i++) FOR_TILE(i, CLEAR);
     for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, bits += 2 * WORDS) {
         UNROLL for (int p = 0; p < panels; p++) {
-            const uint8_t *ahead = weights + TILES_AHEAD * m->tile_bytes + p * PANEL_BYTES;
-            for (int i = 0; i < PANEL_BYTES; i += 64) _mm_prefetch((const char *)ahead + i, _MM_HINT_T0);
+            const char *ahead = (const char *)weights + (row_tiles > 1 ? FAR_AHEAD : TILES_AHEAD) * m->tile_bytes;
+            for (int i = p * PANEL_BYTES; i < (p + 1) * PANEL_BYTES; i += 64) {
+                if (row_tiles > 1) _mm_prefetch(ahead + i, _MM_HINT_T1);
+                if (row_tiles == 1) _mm_prefetch(ahead + i, _MM_HINT_T0);
+            }
             _tile_loadd(7, weights + p * PANEL_BYTES, 64);
             UNROLL for (int r = 0; r < row_tiles; r++) {
                 if (row_tiles > 1 || p == 0)
@@ -85,7 +89,8 @@ static void bfloat16_3x2(const Matrix *m, const uint8_t *weights, const Operand 
     bfloat16_block(3, 2, m, weights, x, first, out);
 }
 
-/* Two panels times 2 or 3 full row tiles: each weight is loaded once for all of them. */
+/* Pairs of panels times 2 or 3 row tiles, each weight loaded once for all of them. The last tile may reach beyond the
+ * operand's rows: the memory is there, as bits take half of an operand's, and the results are dropped. */
 static void bfloat16_tall(int row_tiles, int panels, const Matrix *m, const uint8_t *weights, const Operand *x,
                           int first, float *out) {
     shape_tiles(0, 0);
@@ -98,12 +103,11 @@ void multiply_bfloat16_amx(const Matrix *m, int block, int panel, int panels, co
                            float *tile) {
     const uint8_t *weights = matrix_tile(m, block, 0) + panel * PANEL_BYTES;
     float *out = tile + panel * PANEL;
-    int full = rows / HEIGHT, r = 0;
-    if (full >= 2 && panels % 2 == 0) {
-        bfloat16_tall(full, panels, m, weights, x, first, out);
-        r = full * HEIGHT;
+    if (rows > HEIGHT && panels % 2 == 0) {
+        bfloat16_tall(ceil_div(rows, HEIGHT), panels, m, weights, x, first, out);
+        return;
     }
-    for (; r < rows; r += HEIGHT) {
+    for (int r = 0; r < rows; r += HEIGHT) {
         shape_tiles(0x4f, rows - r < HEIGHT ? rows - r : HEIGHT);
         if (panels == PANELS) {
             bfloat16_block(1, PANELS, m, weights, x, first + r, out + r * BLOCK);
@@ -117,8 +121,7 @@ void multiply_bfloat16_amx(const Matrix *m, int block, int panel, int panels, co
 
 /* ---- int8: sums in tiles 0 and 1, activations in 2, weights in 4 and 5 ---- */
 
-#define PAIR 2             /* panels that a group of rows takes together: 8 x 2 totals stay in registers */
-#define INT8_TILES_AHEAD 8 /* into the second-level cache, which holds more than the first has room for */
+#define PAIR 2 /* panels that a group of rows takes together: 8 x 2 totals stay in registers */
 
 /* What a group of up to 8 rows sums up for a pair of panels, in registers from the first tile to the last. */
 typedef struct Totals {
@@ -171,8 +174,9 @@ static inline __attribute__((always_inline)) void int8_group(const int panels, c
         }
         _tile_stored(0, sums[t % 2], PAIR * PANEL * sizeof **sums);
         if (panels == PAIR) _tile_stored(1, sums[t % 2] + PANEL, PAIR * PANEL * sizeof **sums);
+        if (fresh) _mm_prefetch((const char *)scales + FAR_AHEAD * m->tile_bytes, _MM_HINT_T1);
         if (t == 0) continue;
-        const uint8_t *ahead = fresh ? weights + INT8_TILES_AHEAD * m->tile_bytes : NULL;
+        const uint8_t *ahead = fresh ? weights + FAR_AHEAD * m->tile_bytes : NULL;
         add_scaled(panels, &totals, sums[1 - t % 2], scales - m->tile_bytes / 2, ahead);
     }
     add_scaled(panels, &totals, sums[1 - m->tiles % 2], scales - m->tile_bytes / 2, NULL);

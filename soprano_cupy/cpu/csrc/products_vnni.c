@@ -41,6 +41,9 @@ static inline __attribute__((always_inline)) void vnni_block(const int rows, con
             }
         }
     }
+    for (int p = 0; p < panels; p += 2) {
+        __builtin_prefetch((const uint8_t *)(scales + p * PANEL) + TILES_AHEAD * INT8_TILE_BYTES);
+    }
     UNROLL for (int p = 0; p < panels; p++) {
         __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(scales + p * PANEL)));
         __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
