@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,8 @@ class SopranoTTS:
         folder = self.model.folder
         self._tokenizer = Tokenizer.load(folder)
         kept_in = settings.dtype(dtype)
-        language_model = Qwen3.load(folder, self.device, kept_in, settings.attention(attention))
+        language_model, decoder = load_models(folder, self.device, kept_in, settings.attention(attention))
         self._tokenizer.check(language_model.config.vocab_size)
-        decoder = VocosDecoder.load(folder, self.device, kept_in)
         if decoder.config.input_size != language_model.config.hidden_size:
             raise CheckpointError(
                 f"{folder}: the decoder reads states of {decoder.config.input_size} values and the language model "
@@ -198,6 +198,15 @@ class SopranoTTS:
         if not prompts:
             raise TextError(f"nothing to speak in {text!r:.60}; give at least one word or number")
         return [Request(self._tokenizer.encode(prompt), params, index) for index, prompt in enumerate(prompts)]
+
+
+def load_models(folder: Path, device: str, dtype: str, attention: str) -> tuple[Qwen3, VocosDecoder]:
+    """Both networks of a checkpoint; for a GPU one file is read beside the other, which takes more memory."""
+    if device == "cpu":
+        return Qwen3.load(folder, device, dtype, attention), VocosDecoder.load(folder, device, dtype)
+    with ThreadPoolExecutor(1) as beside:
+        decoder = beside.submit(VocosDecoder.load, folder, device, dtype)
+        return Qwen3.load(folder, device, dtype, attention), decoder.result()
 
 
 def max_text_length(folder: Path, config: ModelConfig) -> int:

@@ -36,9 +36,10 @@ def pack_linear(weights: Array, xp: Any) -> Array:
         padded = xp.zeros((rows, columns), dtype=xp.uint16)
         padded[:features, :depth] = bits
         bits = padded
-    half, g, depth_half, t, pair = _TILE_SHAPE
-    tiles = bits.reshape(rows // TILE_FEATURES, half, g, columns // 16, depth_half, t, pair)
-    packed = tiles.transpose(0, 3, 2, 5, 4, 1, 6)
+    half, g, depth_half, t, _ = _TILE_SHAPE  # pairs stay together: they are moved as one word
+    words = xp.ascontiguousarray(bits).view(xp.uint32)
+    tiles = words.reshape(rows // TILE_FEATURES, half, g, columns // 16, depth_half, t)
+    packed = tiles.transpose(0, 3, 2, 5, 4, 1)
     return xp.ascontiguousarray(packed).reshape(-1).view(weights.dtype)
 
 
