@@ -156,31 +156,49 @@ __device__ __forceinline__ void load_fragments(Fragments& a, u32 address) {
 }
 
 // The blocks of a cluster hold the same tile, summed over different parts of the depth. Each takes END_ROWS rows of it
-// and adds what all blocks have of them, in the order of their ranks. Part r in the ring of the receiving block is that
-// of block r: value i of all consumer threads, then value i + 1; the threads hold the same places in every block.
-__device__ __forceinline__ void merge(const Shared smem, u32 rank, const float (&d)[PRODUCTS][ACCUMULATORS],
+// and adds what all blocks have of them, in the order of their ranks. The others' parts come into an area of their own,
+// where a barrier counts their bytes: no block waits for another but for these. Values 4 i to 4 i + 3 of all consumer
+// threads lie side by side; the threads hold the same places in every block.
+__device__ __forceinline__ void merge(const Shared smem, int rank, const float (&d)[PRODUCTS][ACCUMULATORS],
                                       float (&sum)[PRODUCTS][END_ACCUMULATORS]) {
-    constexpr u32 VALUE_BYTES = CONSUMERS * WARPGROUP * 4, PART_BYTES = PRODUCTS * END_ACCUMULATORS * VALUE_BYTES;
-    const u32 mine = smem.input + (threadIdx.x - WARPGROUP) * 4;
-    cluster_sync();  // every block is done with its ring
+    constexpr u32 FOUR_BYTES = CONSUMERS * WARPGROUP * 16;
+    const u32 mine = smem.landing + (threadIdx.x - WARPGROUP) * 16;
+    cluster_wait();  // every block has begun
 #pragma unroll
     for (int to = 0; to < SPLITS; ++to) {
-        const u32 part = cluster_address(mine + rank * PART_BYTES, to);
+        const u32 part = mine + (rank - (rank > to)) * PART_BYTES;
 #pragma unroll
         for (int n = 0; n < PRODUCTS; ++n)
 #pragma unroll
-            for (int i = 0; i < END_ACCUMULATORS; ++i)
-                cluster_store(part + (n * END_ACCUMULATORS + i) * VALUE_BYTES, d[n][to * END_ACCUMULATORS + i]);
+            for (int i = 0; i < END_ACCUMULATORS; i += 4) {
+                const float* const four = &d[n][to * END_ACCUMULATORS + i];
+                if (to != rank) {
+                    transfer_store(part + (n * END_ACCUMULATORS + i) / 4 * FOUR_BYTES, smem.landed, to,
+                                   make_float4(four[0], four[1], four[2], four[3]));
+                } else {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sum[n][i + e] = four[e];
+                }
+            }
     }
-    cluster_sync();  // every part is there
+    transfer_wait(smem.landed);
 #pragma unroll
     for (int n = 0; n < PRODUCTS; ++n)
 #pragma unroll
-        for (int i = 0; i < END_ACCUMULATORS; ++i) {
-            const u32 value = mine + (n * END_ACCUMULATORS + i) * VALUE_BYTES;
-            sum[n][i] = shared_load(value);
+        for (int i = 0; i < END_ACCUMULATORS; i += 4) {
+            const u32 four = mine + (n * END_ACCUMULATORS + i) / 4 * FOUR_BYTES;
+            const float4 own = make_float4(sum[n][i], sum[n][i + 1], sum[n][i + 2], sum[n][i + 3]);
+            float4 total = rank == 0 ? own : load_shared<float4>(four);
 #pragma unroll
-            for (int from = 1; from < SPLITS; ++from) sum[n][i] += shared_load(value + from * PART_BYTES);
+            for (int from = 1; from < SPLITS; ++from) {
+                const float4 part =
+                    from == rank ? own : load_shared<float4>(four + (from - (from > rank)) * PART_BYTES);
+                total = make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w);
+            }
+            sum[n][i] = total.x;
+            sum[n][i + 1] = total.y;
+            sum[n][i + 2] = total.z;
+            sum[n][i + 3] = total.w;
         }
 }
 
@@ -193,7 +211,7 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
     const u32 fragments = smem.weights + (member * 4 + warp) * PRODUCTS * PACKED_STEP_BYTES + lane * 16;
     const u64 input = descriptor_k_major(smem.input);
     const int steps = schedule.steps;
-    const u32 rank = SPLITS == 1 ? 0 : cluster_rank();
+    const int rank = SPLITS == 1 ? 0 : static_cast<int>(cluster_rank());
     constexpr int GROUP_BARRIER = 1 + CONSUMERS;  // of group 0; the first ones are the warpgroups' own
     // A group enters the ring only when the other has passed through it: a parity tells two phases apart, not three.
     if (GROUPS == 2 && group == 1) named_barrier_arrive(GROUP_BARRIER, CONSUMERS * WARPGROUP);
@@ -202,7 +220,7 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
     for (int turn = group, index; (index = schedule.tile(turn)) < schedule.tiles; turn += GROUPS) {
         const Place place{schedule.first_feature(index) + (member * 4 + warp) * WARP_FEATURES,
                           schedule.first_feature(index) + member * WARPGROUP_FEATURES,
-                          schedule.first_row(index) + static_cast<int>(rank) * END_ROWS};
+                          schedule.first_row(index) + rank * END_ROWS};
         End end(p, place);
         float d_rmem[PRODUCTS][ACCUMULATORS];
         Fragments a_rmem[STAGE_PARTS];
@@ -277,6 +295,10 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
             mbarrier_init(smem.factors_full(slot), NORM_THREADS);
             mbarrier_init(smem.factors_empty(slot), GROUP_WARPS);
         }
+        if (SPLITS > 1) {
+            transfer_init(smem.landed);
+            transfer_expect(smem.landed, LANDING_BYTES);
+        }
         mbarrier_init_fence();
     }
     if (threadIdx.x < 32) {
@@ -284,6 +306,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
         producer.begin();
     }
     __syncthreads();  // the barriers are ready
+    if (SPLITS > 1) cluster_arrive();
 
     // The same in all lanes of a warp, and known to be so: roles are branches of whole warps.
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / WARPGROUP, 0);
@@ -294,10 +317,6 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
         grid_dependency_wait();
         if (threadIdx.x < 32) producer.run();
         if (p.square_sums && threadIdx.x >= 32) measure_rows(p, smem, schedule);
-        if (SPLITS > 1 && schedule.tile(0) < schedule.tiles) {  // the two barriers of `merge`, which take every thread
-            cluster_sync();
-            cluster_sync();
-        }
     } else {
         if constexpr (CONSUMER_REGISTERS > 0) registers_claim<CONSUMER_REGISTERS>();
         consume(p, smem, schedule, warpgroup - 1);

@@ -26,19 +26,24 @@ constexpr u32 STAGING_BYTES = 10240;  // of a warpgroup, for its way from accumu
 constexpr int FACTOR_SLOTS = 2;
 constexpr int NORM_THREADS = WARPGROUP - 32;
 static_assert(SPLITS == 1 || GROUPS == 1, "a cluster has one tile");
-static_assert(PRODUCTS * ACCUMULATORS * CONSUMERS * WARPGROUP * 4 <= STAGES * (WEIGHT_BYTES + INPUT_BYTES),
-              "the parts of a cluster's sums fit into the ring");
+// What a block of a cluster sends to each other one, and gets from all.
+constexpr u32 PART_BYTES = PRODUCTS * END_ACCUMULATORS * CONSUMERS * WARPGROUP * 4;
+constexpr u32 LANDING_BYTES = (SPLITS - 1) * PART_BYTES;
 
-// Shared memory, from a multiple of 1024 bytes: the rings, the staging areas, the norm's factors, the barriers.
+// Shared memory, from a multiple of 1024 bytes: the rings, the staging areas, the other blocks' sums, the norm's factors,
+// the barriers.
 struct Shared {
-    u32 input, weights, staging, factors, barriers;
+    u32 input, weights, staging, landing, factors, barriers, landed;
 
-    __device__ constexpr explicit Shared(u32 base) : input(0), weights(0), staging(0), factors(0), barriers(0) {
+    __device__ constexpr explicit Shared(u32 base)
+        : input(0), weights(0), staging(0), landing(0), factors(0), barriers(0), landed(0) {
         input = (base + 1023) & ~1023u;
         weights = input + STAGES * INPUT_BYTES;
         staging = weights + STAGES * WEIGHT_BYTES;
-        factors = staging + CONSUMERS * STAGING_BYTES;
+        landing = staging + CONSUMERS * STAGING_BYTES;
+        factors = landing + LANDING_BYTES;
         barriers = factors + FACTOR_SLOTS * TILE_ROWS * 4;
+        landed = barriers + 8 * (2 * STAGES + 2 * FACTOR_SLOTS);
     }
     __device__ u32 full(int stage) const { return barriers + 8 * stage; }
     __device__ u32 empty(int stage) const { return barriers + 8 * (STAGES + stage); }

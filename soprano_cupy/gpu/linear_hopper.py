@@ -22,6 +22,7 @@ WARPGROUP = 128  # threads
 FRAGMENT_DEPTH = 16
 FRAGMENT_ELEMENTS = 256  # packed weights of 16 features and 16 columns, contiguous
 ELEMENT_BYTES = 2
+SUM_BYTES = 4
 STAGING_BYTES = 10240  # of a warpgroup
 FACTOR_SLOTS = 2
 ALIGNMENT_BYTES = 1024
@@ -61,9 +62,11 @@ class Variant:
 
     @property
     def shared_bytes(self) -> int:
-        """Room to align, the ring, the staging areas, the norm's factors, the barriers."""
+        """Room to align, the ring, the staging areas, other blocks' sums, the norm's factors, the barriers."""
         ring = self.stages * self.stage_bytes + self.consumers * STAGING_BYTES
-        return ALIGNMENT_BYTES + ring + FACTOR_SLOTS * self.rows * 4 + 8 * (2 * self.stages + 2 * FACTOR_SLOTS)
+        landing = (self.splits - 1) * self.features * self.rows // self.splits * SUM_BYTES
+        barriers = 8 * (2 * self.stages + 2 * FACTOR_SLOTS + 1)
+        return ALIGNMENT_BYTES + ring + landing + FACTOR_SLOTS * self.rows * SUM_BYTES + barriers
 
     @property
     def accumulators(self) -> int:
@@ -93,10 +96,10 @@ class Variant:
 # fewer sums fit twice into a multiprocessor: one block's ends and first loads then hide behind the other's products.
 CANDIDATES = (
     Variant(1, 1, 1, 64, 6, 2),  # 64 x 64
-    Variant(1, 1, 1, 64, 6, 2, splits=2),  # the same, the depth divided
-    Variant(1, 1, 1, 64, 6, 2, splits=4),
-    Variant(1, 1, 1, 128, 4, 2, 184, 56, splits=2),
-    Variant(1, 1, 1, 128, 4, 2, 184, 56, splits=4),
+    Variant(1, 1, 1, 64, 5, 2, splits=2),  # the same, the depth divided
+    Variant(1, 1, 1, 64, 5, 2, splits=4),
+    Variant(1, 1, 1, 128, 3, 2, 184, 56, splits=2),
+    Variant(1, 1, 1, 128, 3, 2, 184, 56, splits=4),
     Variant(1, 1, 2, 64, 4, 2, 184, 56),  # 128 x 64
     Variant(1, 1, 1, 128, 4, 2, 184, 56),  # 64 x 128
     Variant(1, 2, 1, 64, 6, 1, 224, 56),  # 128 x 64, four stages and more for long depths
