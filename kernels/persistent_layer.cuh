@@ -32,6 +32,7 @@ struct Worker {
     Exchange exchange;
     float residual = 0.0f;  // of this lane's row, in the warps that finish the residual stream
     int position = 0;       // of the new token
+    float2 angle = {0.0f, 0.0f};  // of this thread's pair at the next position, in the last threads
     unsigned number = 0;    // of layers so far in the launch, from 1
 
     DEVICE Worker(const LayerParams& params, unsigned shared, int cluster_, int rank_, Watch watch)
@@ -105,14 +106,19 @@ struct Worker {
 
     // ---- the stages ----
 
-    // The angles of a new token's position; a barrier of the block follows before they are read.
-    DEVICE void begin_token(int position_) {
-        position = position_;
-        const int pair = threadIdx.x;
-        if (pair >= HEAD_DIM / 2) return;
-        const float2 angle = load_global<float2>(p.rope + static_cast<long long>(position) * (HEAD_DIM / 2) + pair);
-        store_shared<float>(base + ANGLES_AT + pair * 4, angle.x);
-        store_shared<float>(base + ANGLES_AT + (HEAD_DIM / 2 + pair) * 4, angle.y);
+    // The angles of a position, on their way: by the last threads, which own no rows.
+    DEVICE int own_pair() const { return static_cast<int>(threadIdx.x) - (TEAM - HEAD_DIM / 2); }
+    DEVICE void fetch_angles(int of_position) {
+        if (own_pair() >= 0)
+            angle = load_global<float2>(p.rope + static_cast<long long>(of_position) * (HEAD_DIM / 2) + own_pair());
+    }
+    // A new token at the position whose angles were fetched; a barrier of the block follows before they are read.
+    DEVICE void begin_token(int new_position) {
+        position = new_position;
+        if (own_pair() >= 0) {
+            store_shared<float>(base + ANGLES_AT + own_pair() * 4, angle.x);
+            store_shared<float>(base + ANGLES_AT + (HEAD_DIM / 2 + own_pair()) * 4, angle.y);
+        }
     }
 
     // The gains of this layer's heads, on their way while the first product is made.
@@ -276,7 +282,7 @@ struct Worker {
         exchange.await(EX_AFTER);
 #pragma unroll
         for (int pass = 0; pass < GATED_PASSES; ++pass) {
-            const Tiles tiles = tiles_of_pass(gated, pass);
+            const Tiles tiles = tiles_of_pass<GATED_PASSES>(gated, pass);
             multiply<(GATED_MOST + GATED_PASSES - 1) / GATED_PASSES, HIDDEN_STEPS>(
                 ring, tiles.count(), exchange.at(EX_AFTER), (tiles.begin - gated.begin) * TILE);
         }

@@ -4,12 +4,15 @@
 // of the MLP's channels; its ranks share the features of each product, whole tiles of 16, and each rank's eight warps share
 // the depth. Inside a cluster results travel through shared memory; the residual stream alone is summed over clusters.
 //
-// -D: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS (padded to 16 CLUSTERS), CLUSTERS, RANKS, DIM_PARTS, RING_SLOTS, and the dtype.
+// -D: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS (padded to 16 CLUSTERS), VOCAB, CLUSTERS, RANKS, DIM_PARTS, RING_SLOTS, and
+// the dtype. soprano_cupy/gpu/persistent_schedule.py does the same arithmetic.
 #pragma once
 
-constexpr int TEAM_WARPS = 8;  // that compute; one more streams the weights
+constexpr int TEAM_WARPS = 8;  // that compute
 constexpr int TEAM = TEAM_WARPS * 32;
-constexpr int BLOCK_THREADS = TEAM + 32;
+constexpr int STREAM_WARP = TEAM_WARPS;     // copies weights
+constexpr int CLERK_WARP = TEAM_WARPS + 1;  // tells the host
+constexpr int BLOCK_THREADS = TEAM + 64;
 constexpr int TILE = 16;
 constexpr int BLOCK_BYTES = 512;  // 16 x 16 weights in the order of linear_params.cuh
 constexpr int CHUNK_BYTES = 8192;
@@ -31,12 +34,18 @@ constexpr int HIDDEN_STEPS = HIDDEN / TILE;
 constexpr int ATTENDED_STEPS = Q_ROWS / TILE;
 constexpr int GATED_STEPS = LOCAL_CHANNELS / TILE;
 
+constexpr int BLOCKS = CLUSTERS * RANKS;
+constexpr int HEAD_TILES = (VOCAB + TILE - 1) / TILE;  // that all blocks share
+constexpr int HEAD_MOST = (HEAD_TILES + BLOCKS - 1) / BLOCKS;
+
 constexpr int most_of_rank(int tiles) { return (tiles + RANKS - 1) / RANKS; }
 constexpr int GATED_MOST = most_of_rank(GATED_TILES);
-constexpr int PASS_TILES = 6;  // of the gate and up product that one pass through the ring takes
+constexpr int PASS_TILES = 6;  // of gate and up, or of the head, that one pass through the ring takes
 constexpr int GATED_PASSES = (GATED_MOST + PASS_TILES - 1) / PASS_TILES;
+constexpr int HEAD_PASSES = (HEAD_MOST + PASS_TILES - 1) / PASS_TILES;
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int MOST_TILES = larger(GATED_MOST, larger(most_of_rank(QKV_TILES), most_of_rank(HIDDEN_TILES)));
+constexpr int MOST_TILES =
+    larger(larger(GATED_MOST, HEAD_MOST), larger(most_of_rank(QKV_TILES), most_of_rank(HIDDEN_TILES)));
 
 // Attention: the ranks of a head are PARTS shares of the keys times DIM_PARTS shares of the values' dimensions.
 constexpr int RANKS_OF_HEAD = RANKS / LOCAL_HEADS;
@@ -56,9 +65,10 @@ struct Tiles {
     DEVICE int count() const { return end - begin; }
 };
 DEVICE Tiles tiles_of(int tiles, int rank) { return {tiles * rank / RANKS, tiles * (rank + 1) / RANKS}; }
-DEVICE Tiles tiles_of_pass(Tiles all, int pass) {
-    return {all.begin + all.count() * pass / GATED_PASSES, all.begin + all.count() * (pass + 1) / GATED_PASSES};
+template <int PASSES> DEVICE Tiles tiles_of_pass(Tiles all, int pass) {
+    return {all.begin + all.count() * pass / PASSES, all.begin + all.count() * (pass + 1) / PASSES};
 }
+DEVICE Tiles head_tiles(int block) { return {HEAD_TILES * block / BLOCKS, HEAD_TILES * (block + 1) / BLOCKS}; }
 constexpr int chunks_of(int blocks) { return (blocks + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS; }
 static_assert(chunks_of(most_of_rank(HIDDEN_TILES) * GATED_STEPS) <= RING_SLOTS &&
                   chunks_of(most_of_rank(QKV_TILES) * HIDDEN_STEPS) <= RING_SLOTS &&
@@ -93,6 +103,7 @@ constexpr unsigned ANGLES_AT = GAINS_AT + 2 * HEAD_DIM * 4;                     
 constexpr unsigned BARRIERS_AT = ANGLES_AT + HEAD_DIM * 4;                         // see below
 constexpr unsigned CONSUMED_AT = BARRIERS_AT + 8 * (RING_SLOTS + EXCHANGES);         // (TEAM_WARPS,) products that a warp has read
 constexpr unsigned DEAD_AT = CONSUMED_AT + 4 * TEAM_WARPS;
+constexpr unsigned STOP_AT = DEAD_AT + 4;   // 1: no more weights are wanted
 constexpr unsigned SHARED_END = DEAD_AT + 16;
 
 constexpr unsigned full_barrier(int slot) { return BARRIERS_AT + 8 * slot; }

@@ -54,20 +54,22 @@ struct Ring {
     }
 };
 
-// Blocks of each product of a layer, in their order; the tiles are those of a rank.
-struct LayerBlocks {
-    Tiles qkv, hidden, gated;
+// How many blocks each product of a thread block has, in the order of its stream.
+struct Blocks {
+    Tiles qkv, hidden, gated, head;
 
-    DEVICE explicit LayerBlocks(int rank)
-        : qkv(tiles_of(QKV_TILES, rank)), hidden(tiles_of(HIDDEN_TILES, rank)), gated(tiles_of(GATED_TILES, rank)) {}
+    DEVICE Blocks(int rank, int block)
+        : qkv(tiles_of(QKV_TILES, rank)), hidden(tiles_of(HIDDEN_TILES, rank)), gated(tiles_of(GATED_TILES, rank)),
+          head(head_tiles(block)) {}
 
-    static constexpr int PRODUCTS = 3 + GATED_PASSES;  // QKV, O, the passes of gate and up, down
-    DEVICE int blocks(int product) const {
+    static constexpr int OF_LAYER = 3 + GATED_PASSES;  // QKV, O, the passes of gate and up, down
+    DEVICE int of_layer(int product) const {
         if (product == 0) return qkv.count() * HIDDEN_STEPS;
         if (product == 1) return hidden.count() * ATTENDED_STEPS;
-        if (product == PRODUCTS - 1) return hidden.count() * GATED_STEPS;
-        return tiles_of_pass(gated, product - 2).count() * HIDDEN_STEPS;
+        if (product == OF_LAYER - 1) return hidden.count() * GATED_STEPS;
+        return tiles_of_pass<GATED_PASSES>(gated, product - 2).count() * HIDDEN_STEPS;
     }
+    DEVICE int of_head(int pass) const { return tiles_of_pass<HEAD_PASSES>(head, pass).count() * HIDDEN_STEPS; }
 };
 
 // The writing end: one warp.
@@ -75,6 +77,9 @@ struct Streamer {
     unsigned base;
     Watch watch;
     const char* stream;  // of this block, whole chunks
+    const Blocks& blocks;
+    int layers;
+    bool with_head;
     Chunk next;          // place of the copy that comes next
     int room = RING_SLOTS;
     int copies = 0;
@@ -92,12 +97,34 @@ struct Streamer {
         copies = min(copies + 1, RING_SLOTS);
     }
 
-    // Waits until all warps have read the product that comes next in the order of consumption.
+    // Waits until all warps have read the product that comes next in the order of consumption, or `stop` is set.
     DEVICE void await_consumption(int chunks) {
         const unsigned counter = base + CONSUMED_AT + lane_index() % TEAM_WARPS * 4, before = products;
-        spin_until(watch, 2, [=] { return static_cast<int>(load_acquire(counter) - before) > 0; });
+        const unsigned stop = base + STOP_AT;
+        const auto ready = [=] {
+            return static_cast<int>(load_acquire(counter) - before) > 0 || load_acquire(stop) != 0;
+        };
+        spin_until(watch, 2, ready, PATIENT);
         ++products;
         room += chunks;
+    }
+    DEVICE bool stopped() const { return all_lanes(load_acquire(base + STOP_AT) != 0 || watch.is_dead()); }
+
+    // Copies the stream of one token after the other, until told to stop.
+    DEVICE void run() {
+        int of_token = 0, layer = 0, product = 0;
+        for (int i = 0; i < Blocks::OF_LAYER; ++i) of_token += chunks_of(blocks.of_layer(i));
+        of_token *= layers;
+        for (int i = 0; with_head && i < HEAD_PASSES; ++i) of_token += chunks_of(blocks.of_head(i));
+        for (int chunk = 0; !stopped(); chunk = chunk + 1 == of_token ? 0 : chunk + 1) {
+            while (room == 0 && !stopped()) {
+                await_consumption(chunks_of(layer < layers ? blocks.of_layer(product) : blocks.of_head(product)));
+                if (++product == (layer < layers ? Blocks::OF_LAYER : HEAD_PASSES)) product = 0, ++layer;
+                if (layer == layers + (with_head ? 1 : 0)) layer = 0;
+            }
+            if (!stopped()) copy(chunk);  // a wait that ended for that reason made no room
+        }
+        drain();
     }
 
     // Waits until no copy is under way: the block's memory must outlive them. They depend on nobody, so this ends.

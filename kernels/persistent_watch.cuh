@@ -5,7 +5,7 @@
 #include "persistent_device.cuh"
 
 #ifndef SPIN_LIMIT_CYCLES
-#define SPIN_LIMIT_CYCLES 40000000  // about 20 ms: a thousand times what a whole token takes
+#define SPIN_LIMIT_CYCLES 200000000  // about 0.1 s: a thousand times what a whole token takes
 #endif
 
 // Where a spin that gives up leaves its mark.
@@ -13,16 +13,25 @@ struct Watch {
     unsigned* error;      // global word of the launch, 0 while all is well
     unsigned dead;        // shared word of the block: 1 once a wait of the launch has given up
 
-    DEVICE bool is_dead() const { return load_shared<unsigned>(dead) != 0; }
+    DEVICE bool is_dead() const { return load_acquire(dead) != 0; }
 
+    // One thread's part of giving up.
+    DEVICE void mark(unsigned code) const {
+        store_release(dead, 1u);
+        if (load_flag(error) == 0) store_flag(error, code);
+    }
     DEVICE void give_up(unsigned code) const {
-        store_shared<unsigned>(dead, 1u);
-        if (lane_index() == 0 && load_flag(error) == 0) store_flag(error, code);
+        if (lane_index() == 0) mark(code);
+        sync_warp();
     }
 };
 
+// Warps that wait for others' progress are more patient than those, so that the error names what was first.
+constexpr long long PATIENT = 2LL * SPIN_LIMIT_CYCLES;
+
 // Waits until ready() holds in every lane of the warp, or the launch is given up. `code` names the wait.
-template <typename Ready> DEVICE void spin_until(const Watch& watch, unsigned code, Ready ready) {
+template <typename Ready>
+DEVICE void spin_until(const Watch& watch, unsigned code, Ready ready, long long limit = SPIN_LIMIT_CYCLES) {
     if (all_lanes(ready())) return;
     if (all_lanes(watch.is_dead())) return;
     const long long start = clock_cycles();
@@ -30,7 +39,7 @@ template <typename Ready> DEVICE void spin_until(const Watch& watch, unsigned co
         pause();
         if (all_lanes(ready())) return;
         if (turn % 64 != 0) continue;
-        const bool over = watch.is_dead() || clock_cycles() - start > SPIN_LIMIT_CYCLES || load_flag(watch.error) != 0;
+        const bool over = watch.is_dead() || clock_cycles() - start > limit || load_flag(watch.error) != 0;
         if (!all_lanes(!over)) return watch.give_up(code);
     }
 }

@@ -80,8 +80,19 @@ inline void send_4(unsigned address, unsigned v, unsigned barrier) { emulated_se
 inline Word make_word(unsigned value, unsigned number) { return static_cast<Word>(number) << 32 | value; }
 inline unsigned word_value(Word word) { return static_cast<unsigned>(word); }
 inline unsigned word_number(Word word) { return static_cast<unsigned>(word >> 32); }
-inline void store_word(Word* address, Word word) { store_global<Word>(address, word); }
-inline Word load_word(const Word* address) { return load_global<Word>(address); }
+// A word orders nothing but itself on a GPU, and yet who has seen one knows that its writer's loads before it are done.
+inline void store_word(Word* address, Word word) {
+    store_global<Word>(address, word);
+    emulation::signal(reinterpret_cast<unsigned long long>(address));
+}
+inline Word load_word(const Word* address) {
+    emulation::observe(reinterpret_cast<unsigned long long>(address));
+    return load_global<Word>(address);
+}
+inline void store_words(Word* address, Word first, Word second) { store_word(address, first), store_word(address + 1, second); }
+inline void load_words(const Word* address, Word& first, Word& second) {
+    first = load_word(address), second = load_word(address + 1);
+}
 inline unsigned load_flag(const unsigned* address) { return load_global<unsigned>(address); }
 inline void store_flag(unsigned* address, unsigned value) { store_global<unsigned>(address, value); }
 

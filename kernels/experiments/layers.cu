@@ -32,23 +32,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) layers(const __gr
 #else
     sync_block();
 #endif
-    if (warp_index() == TEAM_WARPS) {
-        const LayerBlocks blocks(worker.rank);
-        Streamer streamer{base, watch, static_cast<const char*>(p.stream) + blockIdx.x * p.stream_bytes, {}};
-        int of_layer = 0, product = 0;
-        for (int i = 0; i < LayerBlocks::PRODUCTS; ++i) of_layer += chunks_of(blocks.blocks(i));
-        const int of_round = of_layer * p.layers;
-        for (int round = 0; round < params.rounds; ++round) {
-            for (int chunk = 0; chunk < of_round && !watch.is_dead(); ++chunk) {
-                while (streamer.room == 0) {
-                    streamer.await_consumption(chunks_of(blocks.blocks(product)));
-                    product = product + 1 == LayerBlocks::PRODUCTS ? 0 : product + 1;
-                }
-                streamer.copy(chunk);
-            }
-        }
-        streamer.drain();
-    } else {
+    if (warp_index() == STREAM_WARP) {
+        const Blocks blocks(worker.rank, blockIdx.x);
+        const char* stream = static_cast<const char*>(p.stream) + blockIdx.x * p.stream_bytes;
+        Streamer streamer{base, watch, stream, blocks, p.layers, false, {}};
+        streamer.run();
+    } else if (warp_index() < TEAM_WARPS) {
+        worker.fetch_angles(params.position);
         worker.begin_token(params.position);
         if (worker.owns()) {
             worker.residual = worker.owns_row() ? load_global<float>(params.input + worker.row()) : 0.0f;
@@ -61,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) layers(const __gr
         worker.exchange.await(EX_SUMS);
         if (worker.cluster == 0 && worker.owns() && worker.owns_row())
             store_global<float>(params.output + worker.row(), worker.residual);
+        if (threadIdx.x == 0) store_release(base + STOP_AT, 1u);
     }
     linger(watch);
 #if TRANSPORT == 0

@@ -18,7 +18,7 @@ import numpy as np
 from ..config import ModelConfig
 
 WARPS = 8  # that compute, of a block
-THREADS = (WARPS + 1) * 32
+THREADS = (WARPS + 2) * 32  # two more warps: one streams the weights, one tells the host
 TILE = 16
 BLOCK_BYTES = 512  # 16 x 16 weights
 CHUNK_BYTES = 8192
@@ -113,6 +113,14 @@ class Shape:
         return ceil(ceil(self.gated_tiles, self.ranks), PASS_TILES)
 
     @property
+    def head_tiles(self) -> int:
+        return ceil(self.vocab, TILE)
+
+    @property
+    def head_passes(self) -> int:
+        return ceil(ceil(self.head_tiles, self.blocks), PASS_TILES)
+
+    @property
     def ranks_of_head(self) -> int:
         return self.ranks // self.local_heads
 
@@ -157,6 +165,7 @@ class Shape:
     def shared_bytes(self, ring_slots: int) -> int:
         """Dynamic shared memory of a block with a ring of so many chunks."""
         most = max(ceil(n, self.ranks) for n in (self.qkv_tiles, self.hidden_tiles, self.gated_tiles))
+        most = max(most, ceil(self.head_tiles, self.blocks))
         total = ring_slots * CHUNK_BYTES + sum(ceil(n, 16) * 16 for n in self.exchange_bytes())
         total += WARPS * most * TILE * 4 + WARPS * (self.out_dims + 4) * 4
         total = ceil(total + self.q_rows * 2, 16) * 16 + 2 * self.head_dim * 4 + self.head_dim * 4
@@ -170,7 +179,7 @@ class Shape:
         """The constants that the kernel is compiled with, but for its type."""
         return (
             ("HIDDEN", self.hidden), ("HEADS", self.heads), ("KV_HEADS", self.kv_heads), ("HEAD_DIM", self.head_dim),
-            ("CHANNELS", self.channels), ("CLUSTERS", self.clusters), ("RANKS", self.ranks),
+            ("CHANNELS", self.channels), ("VOCAB", self.vocab), ("CLUSTERS", self.clusters), ("RANKS", self.ranks),
             ("DIM_PARTS", self.dim_parts), ("RING_SLOTS", ring_slots),
         )  # fmt: skip
 
@@ -223,9 +232,11 @@ def qkv_tile(shape: Shape, cluster: int, tile: int) -> int:
     return ((s.heads + s.kv_heads) * s.head_dim + first_kv + row - s.kv_rows) // TILE
 
 
-def head_tiles(shape: Shape, block: int) -> range:
-    """The tiles of the output head that a block of the grid computes."""
-    return share(ceil(shape.vocab, TILE), block, shape.blocks)
+def head_products(shape: Shape, block: int) -> list[Product]:
+    """What a block of the grid computes of the output head, behind the last layer."""
+    tiles = share(shape.head_tiles, block, shape.blocks)
+    parts = (share(len(tiles), i, shape.head_passes) for i in range(shape.head_passes))
+    return [Product("head", tuple(tiles[t] for t in part), range(shape.hidden_tiles)) for part in parts]
 
 
 def block_order(product: Product, tile_count: int, step_count: int, first: int) -> np.ndarray:

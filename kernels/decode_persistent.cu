@@ -1,0 +1,65 @@
+// One sequence from its first token to [STOP] in one launch: all layers, the output head and the sampling, token after token.
+//
+// The grid is CLUSTERS clusters of RANKS blocks, which all run at once and stay; persistent_sizes.cuh says who computes what,
+// persistent_layer.cuh how a layer goes. Block 0 chooses the tokens. Semantics, random numbers and published data are those
+// of sample.cu. If a wait takes too long, `error` is set and the launch ends with nothing more published.
+//
+// Compile-time: see persistent_sizes.cuh; THREADS = 256 and SEARCH_BARRIER = 1 for the search.
+// Launch (soprano_cupy/gpu/persistent.py): blocks of 320 threads, clusters of RANKS along x; layer.words and layer.error zeroed.
+#include "persistent_watch.cuh"
+
+#include "persistent_cluster.cuh"
+#include "persistent_sampler.cuh"
+#include "persistent_start.cuh"
+
+// The threads that compute.
+DEVICE void generate(const PersistentParams& p, Worker& worker, Voice& voice, const Sampler& sampler) {
+    voice.begin();
+    worker.fetch_angles(worker.position);
+    float first_gain = worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f;
+    for (unsigned number = 1;; ++number) {
+        worker.begin_token(worker.position);
+        worker.fetch_angles(min(worker.position + 1, p.positions - 1));
+        if (worker.owns()) worker.publish_residual(EX_HIDDEN, EX_SUMS, first_gain);
+#pragma unroll 1
+        for (int i = 0; i < p.layer.layers; ++i) worker.layer(i);
+        voice.score(number);
+        if (blockIdx.x == 0) sampler.choose(number, voice.greedy);
+        const unsigned word = voice.receive(number);
+        if ((word & TOKEN_RUNNING) != 0) voice.embed(word & TOKEN_MASK);
+        if ((word & TOKEN_END) != 0) {
+            if ((word & TOKEN_RUNNING) != 0) voice.leave_row();
+            break;
+        }
+        ++worker.position;
+    }
+    if (threadIdx.x == 0) store_release(worker.base + STOP_AT, 1u);
+}
+
+extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
+    decode_persistent(const __grid_constant__ PersistentParams params) {
+    const unsigned base = shared_base();
+    const Watch watch{params.layer.error, base + DEAD_AT};
+    const Sampler sampler{params, base, watch};
+    Worker worker(params.layer, base, blockIdx.x / RANKS, blockIdx.x % RANKS, watch);
+    begin_block(worker);
+    if (blockIdx.x == 0 && warp_index() < TEAM_WARPS) sampler.begin();
+    if (threadIdx.x == 0) store_release(base + NEWS_AT + 4, 0u);
+    sync_cluster();
+    if (warp_index() < TEAM_WARPS) {
+        Voice voice(params, worker);
+        generate(params, worker, voice, sampler);
+    } else if (warp_index() == STREAM_WARP) {
+        const Blocks blocks(worker.rank, blockIdx.x);
+        const char* stream = static_cast<const char*>(params.layer.stream) + blockIdx.x * params.layer.stream_bytes;
+        Streamer streamer{base, watch, stream, blocks, params.layer.layers, true, {}};
+        streamer.run();
+    } else if (blockIdx.x == 0) {
+        sampler.run_clerk();
+        if (lane_index() == 0 && params.report != nullptr)
+            publish(params.report, 1ull + load_flag(params.layer.error));
+    }
+    linger(watch);
+    sync_warp();
+    sync_cluster();
+}

@@ -1,0 +1,209 @@
+// The first block's part of every token: gather scores, choose, and keep the sequence's record. A warp of its own tells the
+// host, so that nobody waits for that.
+#pragma once
+
+#include "persistent_head.cuh"
+
+constexpr unsigned RECORD_AT = SAMPLER_AT;                    // SlotState; of the team
+constexpr unsigned TOLD_AT = RECORD_AT + 64;                  // SlotState and the token word; from the team to the clerk
+constexpr unsigned PARTS_AT = TOLD_AT + 80;                   // (best, id, least) of each warp
+constexpr unsigned CANCEL_AT = PARTS_AT + TEAM_WARPS * 16;    // 1: the host wants no more tokens
+constexpr unsigned NEWS_AT = CANCEL_AT + 4;                   // count of tokens that the clerk was told
+constexpr unsigned DISTANCES_AT = NEWS_AT + 12;
+constexpr unsigned SEARCH_AT = aligned_16(DISTANCES_AT + DISTANCES * 4);
+constexpr unsigned SCORES_AT = SEARCH_AT + SEARCH_BYTES;
+constexpr unsigned PERSISTENT_SHARED_BYTES = SCORES_AT + SCORES_BYTES;
+
+struct Sampler {
+    const PersistentParams& p;
+    unsigned base;
+    Watch watch;
+
+    DEVICE void sync() const { sync_named(1, TEAM); }
+
+    // Before the barrier that starts the launch; all threads of the team.
+    DEVICE void begin() const {
+        Search(base + SEARCH_AT).clear_cells();
+        if (threadIdx.x != 0) return;
+        SlotWords::load(p.slot).keep(base + RECORD_AT);
+        store_release(base + CANCEL_AT, 0u);
+        store_release(base + NEWS_AT, 0u);
+    }
+
+    // ---- choosing ----
+
+    struct Best {
+        unsigned order = 0u, id = 0xffffffffu, least = 0xffffffffu;
+
+        DEVICE void take(unsigned other, unsigned other_id) {
+            if (other > order || (other == order && other_id < id)) order = other, id = other_id;
+        }
+    };
+
+    // Every warp's best.
+    DEVICE Best gather_keys(unsigned number) const {
+        constexpr int MOST = (KEYS + TEAM - 1) / TEAM;
+        const Word* from = p.layer.words + KEY_WORDS;
+        Word heard[MOST][2];
+        spin_until(watch, 4, [&] {
+            bool all = true;
+#pragma unroll
+            for (int i = 0; i < MOST; ++i) {
+                const int key = threadIdx.x + i * TEAM;
+                if (key >= KEYS) continue;
+                load_words(from + 2 * key, heard[i][0], heard[i][1]);
+                all = all && word_number(heard[i][0]) == number && word_number(heard[i][1]) == number;
+            }
+            return all;
+        });
+        Best best;
+#pragma unroll
+        for (int i = 0; i < MOST; ++i)
+            if (threadIdx.x + i * TEAM < KEYS) best.take(word_value(heard[i][0]), word_value(heard[i][1]));
+        return best;
+    }
+
+    // Every score, into shared memory.
+    DEVICE Best gather_scores(unsigned number) const {
+        constexpr int TOGETHER = 8;
+        Best best;
+#pragma unroll 1
+        for (int first = threadIdx.x; first - static_cast<int>(threadIdx.x) < VOCAB; first += TEAM * TOGETHER) {
+            const Word* from = p.layer.words + SCORE_WORDS;
+            Word heard[TOGETHER];
+            spin_until(watch, 5, [&] {
+                bool all = true;
+#pragma unroll
+                for (int i = 0; i < TOGETHER; ++i) {
+                    if (first + i * TEAM >= VOCAB) continue;
+                    heard[i] = load_word(from + first + i * TEAM);
+                    all = all && word_number(heard[i]) == number;
+                }
+                return all;
+            });
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                const int id = first + i * TEAM;
+                if (id >= VOCAB) continue;
+                const float score = bits_to_float(static_cast<int>(word_value(heard[i])));
+                store_shared<float>(base + SCORES_AT + id * 4, score);
+                const unsigned order = order_of(score);
+                best.take(order, static_cast<unsigned>(id));
+                if (order < best.least && order > ORDER_OF_MINUS_INFINITY) best.least = order;
+            }
+        }
+        return best;
+    }
+
+    // How far the state moved: the parts of all its rows, into shared memory.
+    DEVICE void gather_distances(unsigned number) const {
+        if (warp_index() * 32 >= DISTANCES) return;
+        const int part = threadIdx.x;
+        const Word* from = p.layer.words + DISTANCE_WORDS + part;
+        Word heard = 0;
+        spin_until(watch, 6, [&] {
+            if (part >= DISTANCES) return true;
+            heard = load_word(from);
+            return word_number(heard) == number;
+        });
+        fence_device();  // behind this the states themselves are seen
+        if (part < DISTANCES) store_shared<unsigned>(base + DISTANCES_AT + part * 4, word_value(heard));
+    }
+
+    // The whole team: the next token, and what it does to the sequence.
+    DEVICE void choose(unsigned number, bool greedy) const {
+        const Best mine = greedy ? gather_keys(number) : gather_scores(number);
+        gather_distances(number);
+        const unsigned best = max_of_lanes(mine.order);
+        const unsigned id = min_of_lanes(mine.order == best ? mine.id : 0xffffffffu);
+        const unsigned least = min_of_lanes(mine.least);
+        if (lane_index() == 0) store_shared<uint4>(base + PARTS_AT + warp_index() * 16, make_uint4(best, id, least, 0u));
+        sync();  // parts, scores and distances are written
+        Best all;
+#pragma unroll
+        for (int w = 0; w < TEAM_WARPS; ++w) {
+            const uint4 part = load_shared<uint4>(base + PARTS_AT + w * 16);
+            all.take(part.x, part.y);
+            all.least = min(all.least, part.z);
+        }
+        const SlotState slot = SlotWords::kept(base + RECORD_AT).state();
+        const bool failed =
+            all.order >= ORDER_OF_INFINITY || all.order <= ORDER_OF_MINUS_INFINITY || slot.count >= p.most_tokens;
+        int token = static_cast<int>(all.id);
+        if (!failed && !greedy) {
+            const Scores scores(base + SCORES_AT);
+            token = draw(scores, Extremes{all.order, all.id, all.least, 0.0f}, base + RECORD_AT, Search(base + SEARCH_AT));
+        }
+        sync();  // the record has been read
+        if (threadIdx.x == 0) conclude(number, failed, token);
+    }
+
+    // One thread: the record moves on, everybody is told the token, and the clerk gets to know.
+    DEVICE void conclude(unsigned number, bool failed, int token) const {
+        SlotState slot = SlotWords::kept(base + RECORD_AT).state();
+        if (failed) {
+            token = 0;
+            slot.status = STATUS_FAILED;
+        } else {
+            float distance = 0.0f;
+            for (int i = 0; i < DISTANCES; ++i) distance += load_shared<float>(base + DISTANCES_AT + i * 4);
+            advance(slot, p, token, distance);
+        }
+        const bool running = slot.status == STATUS_RUNNING;
+        const bool end = !running || number >= static_cast<unsigned>(p.budget) || load_acquire(base + CANCEL_AT) != 0;
+        const unsigned word = static_cast<unsigned>(token) | (end ? TOKEN_END : 0u) | (running ? TOKEN_RUNNING : 0u);
+        store_word(p.layer.words + TOKEN_WORD, make_word(word, number));
+        const uint4 fixed = load_shared<uint4>(base + RECORD_AT + 32);
+        const uint4 third = make_uint4(fixed.x, fixed.y, fixed.z, static_cast<unsigned>(slot.count));
+        const uint4 fourth = make_uint4(static_cast<unsigned>(slot.position), static_cast<unsigned>(slot.status),
+                                        static_cast<unsigned>(slot.repeats), static_cast<unsigned>(slot.stuck));
+        store_shared<uint4>(base + RECORD_AT + 32, third);
+        store_shared<uint4>(base + RECORD_AT + 48, fourth);
+        const unsigned told = base + TOLD_AT, answered = base + NEWS_AT + 4;
+        // The clerk takes a few microseconds for a token; it has long read the one before.
+        const long long start = clock_cycles();
+        while (load_acquire(answered) != number - 1 && !watch.is_dead()) {
+            if (clock_cycles() - start > SPIN_LIMIT_CYCLES) watch.mark(7);
+            pause();
+        }
+        store_shared<uint4>(told + 32, third);
+        store_shared<uint4>(told + 48, fourth);
+        store_shared<unsigned>(told + 64, word);
+        store_release(base + NEWS_AT, number);
+    }
+
+    // ---- the clerk ----
+
+    // One warp: writes each token to where the host and later kernels find it.
+    DEVICE void run_clerk() const {
+        unsigned word = 0;
+        for (unsigned number = 1; (word & TOKEN_END) == 0; ++number) {
+            const unsigned news = base + NEWS_AT;
+            spin_until(watch, 7, [=] { return load_acquire(news) == number; }, PATIENT);
+            if (all_lanes(watch.is_dead())) break;
+            word = load_shared<unsigned>(base + TOLD_AT + 64);
+            sync_warp();  // all lanes have read it before the first one says so
+            if (lane_index() == 0) record(word, number);
+            sync_warp();
+        }
+    }
+
+    DEVICE void record(unsigned word, unsigned number) const {
+        const uint4 third = load_shared<uint4>(base + TOLD_AT + 32), fourth = load_shared<uint4>(base + TOLD_AT + 48);
+        store_release(base + NEWS_AT + 4, number);
+        SlotState slot;
+        slot.count = static_cast<int>(third.w);
+        slot.position = static_cast<int>(fourth.x), slot.status = static_cast<int>(fourth.y);
+        slot.repeats = static_cast<int>(fourth.z), slot.stuck = static_cast<int>(fourth.w);
+        const int token = static_cast<int>(word & TOKEN_MASK);
+        if (slot.status != STATUS_FAILED) {
+            store_global<int>(p.tokens + slot.count - 1, token);
+            unsigned* seen = p.seen + token / 32;
+            store_global<unsigned>(seen, load_global_fresh<unsigned>(seen) | 1u << token % 32);
+        }
+        store_slot(p.slot, slot);
+        if ((word & TOKEN_END) != 0) store_global<int>(p.slot_of_row, (word & TOKEN_RUNNING) != 0 ? p.slot_index : -1);
+        publish(p.progress, progress_word(slot, token));
+        if (p.cancel != nullptr && load_flag(p.cancel) != 0) store_release(base + CANCEL_AT, 1u);
+    }
+};
