@@ -17,6 +17,7 @@ struct Watch {
 
     // One thread's part of giving up.
     DEVICE void mark(unsigned code) const {
+        launch_given_up();
         store_release(dead, 1u);
         if (load_flag(error) == 0) store_flag(error, code);
     }

@@ -522,6 +522,7 @@ unsigned cluster_rank() { return unsigned(machine.block()); }
 
 void yield() { machine.fibers.yield(); }
 void signal(unsigned long long key) { machine.shared.release(machine.warp(), machine.signals[key]); }
+void forgive_races() { machine.shared.forgive(); }
 void observe(unsigned long long key) {
     const auto found = machine.signals.find(key);
     if (found != machine.signals.end()) machine.shared.acquire(machine.warp(), found->second);
