@@ -153,3 +153,42 @@ def test_arrays_outlive_the_file(tmp_path):
         array = file.pop("x", (5,))
     path.unlink()
     np.testing.assert_array_equal(array, np.arange(5))
+
+
+@pytest.mark.parametrize("wanted", ["bfloat16", "float32"])
+def test_views_are_what_pop_returns(tmp_path, wanted):
+    """bfloat16 tensors lie in the file as they are, float32 ones are converted; a block and a bit of each."""
+    values = np.random.default_rng(2).standard_normal((3, BLOCK_ELEMENTS // 2)).astype(np.float32)
+    path = write(tmp_path / "a.safetensors", {"x": float32_to_bfloat16(values), "y": np.ones(3, np.uint16)}, "bfloat16")
+    with open_safetensors(path) as file, open_safetensors(path) as other:
+        expected = other.pop("x", values.shape, wanted)
+        view = file.view("x", values.shape, wanted)
+        assert view.dtype == expected.dtype
+        assert view.flags.owndata == (wanted == "float32")
+        assert view.flags.writeable == (wanted == "float32")
+        with pytest.raises(CheckpointError, match="already read"):
+            file.view("x", values.shape, wanted)
+        file.view("y", (3,), wanted)
+        file.release_views()  # of their pages, not of their values
+        np.testing.assert_array_equal(view, expected)
+        file.finish()
+
+
+def test_a_view_outlives_its_file(tmp_path):
+    path = write(tmp_path / "a.safetensors", {"x": np.arange(6, dtype=np.float32)}, "float32")
+    with open_safetensors(path) as file:
+        view = file.view("x", (6,))
+    np.testing.assert_array_equal(view, np.arange(6))
+
+
+def test_views_refuse_what_pop_refuses(tmp_path):
+    values = np.ones(BLOCK_ELEMENTS + 5, np.float32)
+    values[-1] = np.inf
+    path = write(tmp_path / "a.safetensors", {"x": values}, "float32")
+    with open_safetensors(path) as file:
+        with pytest.raises(CheckpointError, match="expected"):
+            file.view("x", (5,))
+        with pytest.raises(CheckpointError, match="not finite"):
+            file.view("x", values.shape)
+        with pytest.raises(CheckpointError, match="missing"):
+            file.view("y", (1,))

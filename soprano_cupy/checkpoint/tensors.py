@@ -10,6 +10,7 @@ import math
 import mmap
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,9 @@ from ..errors import CheckpointError
 from .convert_dtype import STORED_AS, TARGETS, convert_block, finite
 
 BLOCK_ELEMENTS = 1 << 18  # converted at a time: bounds both the temporaries and the mapped pages in memory
+CRC_BYTES = 1 << 20  # summed at a time
 NAMES_SHOWN = 4
+NOT_FINITE = "values that are not finite; the file is damaged, download it again"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class TensorFile:
         self._entries = dict(entries)
         self._taken: set[str] = set()
         self._verified: set[Storage] = set()
+        self._viewed: list[Storage] = []  # whose pages are still in memory
 
     def names(self) -> frozenset[str]:
         """The names of all tensors, popped or not."""
@@ -82,20 +86,38 @@ class TensorFile:
         narrower type is rounded to nearest even. Values that are not finite, or too large for the
         narrower type, are refused: one of them would silence the whole voice without a word.
         """
-        entry = self._entry(name)
-        if name in self._taken:
-            raise CheckpointError(f"{self.path}: tensor {name} was already read")
-        if entry.shape != tuple(shape):
-            raise CheckpointError(f"{self.path}: tensor {name} has shape {entry.shape}, expected {tuple(shape)}")
-        if dtype not in TARGETS:
-            raise CheckpointError(f"{self.path}: tensor {name} cannot be read as {dtype!r}, only as {list(TARGETS)}")
-        self._verify(entry.storage, name)
+        entry = self._checked(name, shape, dtype)
         array = np.empty(entry.shape, TARGETS[dtype])
         problem = self._fill(array, entry, dtype)
         if problem:
             raise CheckpointError(f"{self.path}: tensor {name} holds {problem}")
         self._taken.add(name)
         return array
+
+    def view(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
+        """What `pop` returns, but without a copy where the file holds just that: a read-only view of its pages.
+
+        For readers that look at a tensor once, and then call `release_views`.
+        """
+        entry = self._checked(name, shape, dtype)
+        start = entry.storage.start + entry.offset
+        if entry.dtype != dtype or entry.strides is not None or start % STORED_AS[dtype].itemsize or not entry.count:
+            return self.pop(name, shape, dtype)
+        flat = np.frombuffer(self._mapping, STORED_AS[dtype], entry.count, start)  # unlike _view, it keeps the mapping
+        for first in range(0, len(flat), BLOCK_ELEMENTS):
+            block = flat[first : first + BLOCK_ELEMENTS]
+            if not finite(block, dtype):
+                raise CheckpointError(f"{self.path}: tensor {name} holds {NOT_FINITE}")
+            self._release(start + first * flat.itemsize, block.nbytes)
+        self._taken.add(name)
+        self._viewed.append(entry.storage)
+        return flat.reshape(entry.shape)
+
+    def release_views(self) -> None:
+        """Give the pages of all views back to the system; the views stay valid."""
+        while self._viewed:
+            storage = self._viewed.pop()
+            self._release(storage.start, storage.size)
 
     def discard(self, name: str) -> None:
         """Count a tensor as used without reading it; it need not be there."""
@@ -116,8 +138,9 @@ class TensorFile:
             )
 
     def close(self) -> None:
-        """Unmap the file; arrays that were popped stay valid."""
-        self._mapping.close()
+        """Unmap the file; arrays that were popped stay valid, and a view keeps the mapping until it is dropped."""
+        with suppress(BufferError):  # an error on its way up holds the views of the functions that it left
+            self._mapping.close()
 
     def __enter__(self) -> TensorFile:
         return self
@@ -133,6 +156,18 @@ class TensorFile:
         except KeyError:
             raise CheckpointError(f"{self.path}: tensor {name} is missing; download the checkpoint again") from None
 
+    def _checked(self, name: str, shape: tuple[int, ...], dtype: str) -> TensorEntry:
+        """The entry of a tensor that may be read as `dtype`."""
+        entry = self._entry(name)
+        if name in self._taken:
+            raise CheckpointError(f"{self.path}: tensor {name} was already read")
+        if entry.shape != tuple(shape):
+            raise CheckpointError(f"{self.path}: tensor {name} has shape {entry.shape}, expected {tuple(shape)}")
+        if dtype not in TARGETS:
+            raise CheckpointError(f"{self.path}: tensor {name} cannot be read as {dtype!r}, only as {list(TARGETS)}")
+        self._verify(entry.storage, name)
+        return entry
+
     def _fill(self, array: np.ndarray, entry: TensorEntry, dtype: str) -> str | None:
         """Convert block after block along the first axis (contiguous tensors count as flat).
 
@@ -147,7 +182,7 @@ class TensorFile:
         for first in range(0, len(source), rows):
             block, out = source[first : first + rows], target[first : first + rows]
             if not finite(block, entry.dtype):
-                return "values that are not finite; the file is damaged, download it again"
+                return NOT_FINITE
             convert_block(block, entry.dtype, out, dtype)
             if not finite(out, dtype):
                 return f"values too large for {dtype}; use float32"
@@ -170,8 +205,9 @@ class TensorFile:
             return
         crc, end = 0, storage.start + storage.size
         with memoryview(self._mapping) as view:
-            for first in range(storage.start, end, 1 << 22):
-                crc = zlib.crc32(view[first : min(first + (1 << 22), end)], crc)
+            for first in range(storage.start, end, CRC_BYTES):
+                crc = zlib.crc32(view[first : min(first + CRC_BYTES, end)], crc)
+                self._release(first, min(CRC_BYTES, end - first))
         if crc != storage.crc32:
             raise CheckpointError(f"{self.path}: tensor {name} is damaged (its CRC-32 differs); download it again")
         self._verified.add(storage)

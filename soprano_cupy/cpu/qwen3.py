@@ -84,7 +84,7 @@ def _pack(file: TensorFile, config: ModelConfig, dtype: str, isa: str) -> _engin
     name = "model.embed_tokens.weight"
     keep_float32 = dtype == "float32" and file.dtype(name) != "bfloat16"
     model = _engine.Model(config, dtype, "float32" if keep_float32 else "bfloat16", isa)
-    embeddings = file.pop(name, (vocab, hidden), "float32" if keep_float32 else "bfloat16")
+    embeddings = file.view(name, (vocab, hidden), "float32" if keep_float32 else "bfloat16")
     head = embeddings
     if not config.tie_embeddings:
         head = _matrix(file, "lm_head.weight", vocab, hidden)
@@ -92,6 +92,7 @@ def _pack(file: TensorFile, config: ModelConfig, dtype: str, isa: str) -> _engin
         file.discard("lm_head.weight")  # a tied head may be stored all the same
     model.set_ends(embeddings, file.pop("model.norm.weight", (hidden,)), head)
     del embeddings, head
+    file.release_views()
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
@@ -115,6 +116,7 @@ def _pack(file: TensorFile, config: ModelConfig, dtype: str, isa: str) -> _engin
             _matrix(file, mlp + "up_proj.weight", inner, hidden),
             _matrix(file, mlp + "down_proj.weight", hidden, inner),
         )
+        file.release_views()
     file.finish()
     _engine.trim_memory()
     return model
@@ -122,4 +124,4 @@ def _pack(file: TensorFile, config: ModelConfig, dtype: str, isa: str) -> _engin
 
 def _matrix(file: TensorFile, name: str, outputs: int, inputs: int) -> np.ndarray:
     """A weight matrix as it is packed from: the file's bfloat16 bits, or float32."""
-    return file.pop(name, (outputs, inputs), "bfloat16" if file.dtype(name) == "bfloat16" else "float32")
+    return file.view(name, (outputs, inputs), "bfloat16" if file.dtype(name) == "bfloat16" else "float32")

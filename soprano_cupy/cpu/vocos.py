@@ -82,12 +82,14 @@ def _pack(file: TensorFile, config: DecoderConfig, dtype: str, isa: str) -> _eng
     """Read and pack tensor after tensor."""
     dim, inner, taps = config.dim, config.intermediate_size, config.embed_kernel
     model = _engine.VocosModel(config, dtype, isa)
-    embed = file.pop("decoder.embed.weight", (dim, config.input_size, taps))
+    embed = file.view("decoder.embed.weight", (dim, config.input_size, taps))
     model.set_embedding(
         np.ascontiguousarray(embed.transpose(2, 0, 1)).reshape(taps * dim, config.input_size),
         file.pop("decoder.embed.bias", (dim,)),
         *_norm(file, "decoder.norm", dim),
     )
+    del embed
+    file.release_views()
     for index in range(config.num_blocks):
         prefix = f"decoder.convnext.{index}."
         kernel = file.pop(prefix + "dwconv.weight", (dim, 1, config.block_kernel))
@@ -99,15 +101,16 @@ def _pack(file: TensorFile, config: DecoderConfig, dtype: str, isa: str) -> _eng
         )
         model.set_mlp(
             index,
-            file.pop(prefix + "pwconv1.weight", (inner, dim)),
+            file.view(prefix + "pwconv1.weight", (inner, dim)),
             file.pop(prefix + "pwconv1.bias", (inner,)),
-            file.pop(prefix + "pwconv2.weight", (dim, inner)),
+            file.view(prefix + "pwconv2.weight", (dim, inner)),
             file.pop(prefix + "pwconv2.bias", (dim,)),
             file.pop(prefix + "gamma", (dim,)),
         )
+        file.release_views()
     model.set_head(
         *_norm(file, "decoder.final_layer_norm", dim),
-        file.pop("head.out.weight", (config.n_fft + 2, dim)),
+        file.view("head.out.weight", (config.n_fft + 2, dim)),
         file.pop("head.out.bias", (config.n_fft + 2,)),
     )
     model.set_window(stored_window(file, config.n_fft))
