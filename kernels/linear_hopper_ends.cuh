@@ -102,58 +102,80 @@ struct FloatEnd {
                     store_shared<float>(write + (8 * j + v % 2) * STAGED_ROW_BYTES + v / 2 * 32,
                                         d[n][4 * (CHUNK_EIGHTS * chunk + j) + v]);
             __syncwarp();
-            const int feature = opaque(place.warp_feature + n * TILE_FEATURES + column);
-            const int first_row = opaque(chunk * CHUNK_ROWS + read_row);
+            // All rows of the part at every stage of the way, so that one's latency hides the others'.
+            float value[CHUNK_EIGHTS][4];
 #pragma unroll
             for (int k = 0; k < CHUNK_EIGHTS; ++k) {
-                const int tile_row = first_row + 8 * k;
                 const float4 sums = load_shared<float4>(read + 8 * k * STAGED_ROW_BYTES);
-                const float factor = NORM ? load_shared<float>(factors + 4 * tile_row) : 1.0f;
+                const float factor = NORM ? load_shared<float>(factors + 4 * (chunk * CHUNK_ROWS + read_row + 8 * k)) : 1.0f;
                 const float4 before = NEEDS_RESIDUAL ? residual[part % PARTS_AHEAD][k] : make_float4(0, 0, 0, 0);
-                float value[4] = {
-                    fmaf(sums.x, factor, bias[n][0]) + before.x, fmaf(sums.y, factor, bias[n][1]) + before.y,
-                    fmaf(sums.z, factor, bias[n][2]) + before.z, fmaf(sums.w, factor, bias[n][3]) + before.w};
-                write_row(p, place.row + tile_row, feature, gain[n], value);
+                value[k][0] = fmaf(sums.x, factor, bias[n][0]) + before.x;
+                value[k][1] = fmaf(sums.y, factor, bias[n][1]) + before.y;
+                value[k][2] = fmaf(sums.z, factor, bias[n][2]) + before.z;
+                value[k][3] = fmaf(sums.w, factor, bias[n][3]) + before.w;
             }
             if (part + PARTS_AHEAD < PARTS) request(p, place, part + PARTS_AHEAD);
+            write_rows(p, opaque(place.row + chunk * CHUNK_ROWS + read_row),
+                       opaque(place.warp_feature + n * TILE_FEATURES + column), gain[n], value);
         }
     }
 
-    // Four features of one row; the four lanes of a quad hold 16 neighbours.
-    __device__ __forceinline__ void write_row(const LinearParams& p, int row, int feature, const float (&next_gain)[4],
-                                              float (&value)[4]) const {
-        const bool inside = row < p.rows && feature < p.features;
-        const int left = RAGGED ? p.features - feature : 4;
+    // Four features of the rows `first_row` + 8 k; the four lanes of a quad hold 16 neighbours.
+    __device__ __forceinline__ void write_rows(const LinearParams& p, int first_row, int feature,
+                                               const float (&next_gain)[4], float (&value)[CHUNK_EIGHTS][4]) const {
+        const int left = feature >= p.features ? 0 : RAGGED ? p.features - feature : 4;
         if (END == END_RESIDUAL) {
-            float squares = 0.0f;
+            float squares[CHUNK_EIGHTS];
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                if (e >= left || !inside) value[e] = 0.0f;  // what lies behind the features is not of this stream
-                squares = fmaf(value[e], value[e], squares);
-            }
-            squares += shuffle_xor(squares, 1);
-            squares += shuffle_xor(squares, 2);
-            if (!inside) return;
-            if (threadIdx.x % 4 == 0) {
-                const int tiles = (p.features + TILE_FEATURES - 1) / TILE_FEATURES;
-                p.next_square_sums[static_cast<long long>(row) * tiles + feature / TILE_FEATURES] = squares;
-            }
-            float scaled[4];
+            for (int k = 0; k < CHUNK_EIGHTS; ++k) {
+                squares[k] = 0.0f;
 #pragma unroll
-            for (int e = 0; e < 4; ++e) scaled[e] = value[e] * next_gain[e] * NORM_SCALE;
-            Element* out = static_cast<Element*>(p.output) + static_cast<long long>(row) * p.output_stride + feature;
-            if (left >= 4) {
-                store_global<uint2>(out, make_uint2(pack2(scaled[0], scaled[1]), pack2(scaled[2], scaled[3])));
-            } else {
-#pragma unroll
-                for (int e = 0; e < 3; ++e)
-                    if (e < left) out[e] = from_float(scaled[e]);
+                for (int e = 0; e < 4; ++e) {  // what lies behind the features is not of this stream
+                    if (e >= left || first_row + 8 * k >= p.rows) value[k][e] = 0.0f;
+                    squares[k] = fmaf(value[k][e], value[k][e], squares[k]);
+                }
             }
-            store_floats(p.residual + static_cast<long long>(row) * p.residual_stride + feature, value, left, 4);
-        } else if (inside) {
+#pragma unroll
+            for (int k = 0; k < CHUNK_EIGHTS; ++k) squares[k] += shuffle_xor(squares[k], 1);
+#pragma unroll
+            for (int k = 0; k < CHUNK_EIGHTS; ++k) squares[k] += shuffle_xor(squares[k], 2);
+            const int tiles = (p.features + TILE_FEATURES - 1) / TILE_FEATURES;
+            const long long first = first_row;
+            float* sums = p.next_square_sums + first * tiles + feature / TILE_FEATURES;
+            Element* out = static_cast<Element*>(p.output) + first * p.output_stride + feature;
+            float* stream = p.residual + first * p.residual_stride + feature;
+#pragma unroll
+            for (int k = 0; k < CHUNK_EIGHTS; ++k) {
+                if (left <= 0 || first_row + 8 * k >= p.rows) return;
+                if (threadIdx.x % 4 == 0) store_global<float>(sums, squares[k]);
+                float scaled[4];
+#pragma unroll
+                for (int e = 0; e < 4; ++e) scaled[e] = value[k][e] * next_gain[e] * NORM_SCALE;
+                store_elements(out, scaled, left);
+                store_floats(stream, value[k], left, 4);
+                sums += 8 * tiles;
+                out += 8 * p.output_stride;
+                stream += 8 * p.residual_stride;
+            }
+        } else {
             const int alignment = !RAGGED || p.output_stride % 4 == 0 ? 4 : p.output_stride % 2 == 0 ? 2 : 1;
-            store_floats(static_cast<float*>(p.output) + static_cast<long long>(row) * p.output_stride + feature, value,
-                         left, alignment);
+            float* out = static_cast<float*>(p.output) + static_cast<long long>(first_row) * p.output_stride + feature;
+#pragma unroll
+            for (int k = 0; k < CHUNK_EIGHTS; ++k) {
+                if (left <= 0 || first_row + 8 * k >= p.rows) return;
+                store_floats(out, value[k], left, alignment);
+                out += 8 * p.output_stride;
+            }
+        }
+    }
+
+    __device__ __forceinline__ static void store_elements(Element* out, const float (&value)[4], int count) {
+        if (count >= 4) {
+            store_global<uint2>(out, make_uint2(pack2(value[0], value[1]), pack2(value[2], value[3])));
+        } else {
+#pragma unroll
+            for (int e = 0; e < 3; ++e)
+                if (e < count) out[e] = from_float(value[e]);
         }
     }
 
