@@ -38,8 +38,7 @@ constexpr int TOTAL_AT = QUERIES_AT + TILE_ROWS * QUERY_STRIDE;
 
 constexpr int WARPS_PER_MULTIPROCESSOR = TILE_ROWS == 8 ? 16 : TILE_ROWS == 16 ? 12 : 8;
 
-constexpr int LINE_BYTES = 128;
-constexpr int HEAD_LINES = HEAD_DIM * 2 > LINE_BYTES ? HEAD_DIM * 2 / LINE_BYTES : 1;
+constexpr int LINE_CHUNKS = 2;  // of a lane's key chunks in one line of the caches: 128 bytes
 
 // Keys and values of one sequence and key-value head.
 struct Cached {
@@ -51,15 +50,6 @@ struct Cached {
         const long long offset = slot * params.capacity * token_stride + blockIdx.y * HEAD_DIM;
         keys = static_cast<Element*>(params.keys) + offset;
         values = static_cast<Element*>(params.values) + offset;
-    }
-    DEVICE void prefetch(int first, int count) const {
-        for (int i = threadIdx.x; i < BLOCK_KEYS * HEAD_LINES; i += THREADS) {
-            const int key = first + i / HEAD_LINES;
-            if (key >= count) continue;
-            const long long offset = key * token_stride + i % HEAD_LINES * (LINE_BYTES / 2);
-            prefetch_l2(keys + offset);
-            prefetch_l2(values + offset);
-        }
     }
 };
 
@@ -76,38 +66,88 @@ struct Place {
 
     DEVICE bool operator==(const Place& other) const { return slot == other.slot && position == other.position; }
 
-    // What is there now: before grid_dependency_wait it may be a step old. The position of slot `likely` is asked for at
-    // the same time; that of another slot only once the slot is known, by settle.
-    DEVICE static Place read(const AttentionStepParams& params, int likely) {
-        Place place{load_global_fresh<int>(params.slot_of_row + blockIdx.z), 0};
-        if (likely >= 0) place.position = load_global_fresh<int>(&params.slots[likely].position);
+    // What is there now; before grid_dependency_wait it may be a step old. `likely`, if not null: the position of the
+    // slot that will be there, asked for at the same time; settle asks for that of another slot.
+    DEVICE static Place read(const int* slot_of_row, const int* likely) {
+        Place place{load_global_fresh<int>(slot_of_row), 0};
+        if (likely != nullptr) place.position = load_global_fresh<int>(likely);
         return place;
     }
-    DEVICE void settle(const AttentionStepParams& params, int likely) {
-        if (slot >= 0 && slot != likely) position = load_global_fresh<int>(&params.slots[slot].position);
+    DEVICE void settle(const AttentionStepParams& params, int likely_slot) {
+        if (slot >= 0 && slot != likely_slot) position = load_global_fresh<int>(&params.slots[slot].position);
         if (slot < 0 || position < 0 || position >= params.capacity) *this = {-1, 0};
     }
 };
 
-// Starts the copies of the first blocks of keys and values of a share, of the keys before the newest.
-DEVICE void start_copies(const AttentionStepParams& params, const Place& place, int share, unsigned first_stage) {
-    const Cached cached(params, place.slot);
-    const Splits splits(place.position + 1);
-    const int shares = count_shares(splits, params.splits), begin = share << splits.shift;
+// The copies of the first blocks of keys and values of a share, of the keys before the newest, by this lane. Where they
+// go is as in load_keys and load_values.
+struct FirstCopies {
+    const Element *keys[STAGES], *values[STAGES];  // of the lane's first key, and first value, of a block
+    int keys_left[STAGES], values_left[STAGES];    // keys from that one on; none or less: nothing to read
+    long long token_stride;
+    static constexpr int VALUES_AT_ONCE = WARP_LANES / VALUE_CHUNKS;
+
+    DEVICE FirstCopies(const AttentionStepParams& params, const Place& place, int share) {
+        const Cached cached(params, place.slot);
+        const Splits splits(place.position + 1);
+        const int shares = count_shares(splits, params.splits);
+        const int key = warp_index() * WARP_KEYS + lane_index() / 4, value = lane_index() / VALUE_CHUNKS;
+        token_stride = cached.token_stride;
+        int block = share << splits.shift;
 #pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage) {
-        const unsigned keys_smem = first_stage + stage * STAGE_BYTES;
-        const int block = stage == 0 ? begin : splits.after(begin, shares);  // the first exists, or reads nothing
-        if (stage == 0 || block < splits.blocks) {
-            load_keys(keys_smem, cached.keys, cached.token_stride, block * BLOCK_KEYS, place.position);
+        for (int stage = 0; stage < STAGES; ++stage) {
+            const int first = block * BLOCK_KEYS;
+            keys[stage] = cached.keys + (first + key) * token_stride + lane_index() % 4 * CHUNK;
+            values[stage] = cached.values + (first + value) * token_stride + warp_index() * WARP_DIMS +
+                            lane_index() % VALUE_CHUNKS * CHUNK;
+            keys_left[stage] = place.slot < 0 ? 0 : place.position - first - key;
+            values_left[stage] = place.slot < 0 ? 0 : place.position - first - value;
+            block = splits.after(block, shares);
         }
-        copy_async_commit();  // also of nothing, so that as many groups are always behind a block's
-        if (stage == 0 || block < splits.blocks) {
-            load_values(keys_smem + VALUES_AT, cached.values, cached.token_stride, block * BLOCK_KEYS, place.position);
-        }
-        copy_async_commit();
     }
-}
+    // Asks for them in the second-level cache. It also has their addresses ready.
+    DEVICE void prefetch() const {
+#pragma unroll
+        for (int stage = 0; stage < STAGES; ++stage) {
+#pragma unroll
+            for (int n = 0; n < KEY_ROWS; ++n) {
+#pragma unroll
+                for (int j = 0; j < KEY_CHUNKS; j += LINE_CHUNKS) {
+                    if (8 * n < keys_left[stage]) prefetch_l2(keys[stage] + 8 * n * token_stride + 4 * j * CHUNK);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < TILE_CHUNKS; ++i) {
+                if (i * VALUES_AT_ONCE >= values_left[stage]) continue;
+                prefetch_l2(values[stage] + i * VALUES_AT_ONCE * token_stride);
+            }
+        }
+    }
+    // A group of keys and one of values for each stage.
+    DEVICE void start(unsigned first_stage) const {
+#pragma unroll
+        for (int stage = 0; stage < STAGES; ++stage) {
+            const unsigned keys_smem = first_stage + stage * STAGE_BYTES, values_smem = keys_smem + VALUES_AT;
+#pragma unroll
+            for (int n = 0; n < KEY_ROWS; ++n) {
+#pragma unroll
+                for (int j = 0; j < KEY_CHUNKS; ++j) {
+                    copy_async_16(key_slot(keys_smem, n, j), keys[stage] + 8 * n * token_stride + 4 * j * CHUNK,
+                                  8 * n < keys_left[stage]);
+                }
+            }
+            copy_async_commit();
+#pragma unroll
+            for (int i = 0; i < TILE_CHUNKS; ++i) {
+                const int value = lane_index() / VALUE_CHUNKS + i * VALUES_AT_ONCE;
+                copy_async_16(value_slot(values_smem, value, lane_index() % VALUE_CHUNKS),
+                              values[stage] + i * VALUES_AT_ONCE * token_stride,
+                              i * VALUES_AT_ONCE < values_left[stage]);
+            }
+            copy_async_commit();
+        }
+    }
+};
 
 DEVICE AttentionParams workspace_params(const AttentionStepParams& params) {
     AttentionParams p;
@@ -144,29 +184,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR /
 
     Newest newest(params, row_group);
     newest.clear_unused(smem + QUERIES_AT);
-    Place guessed = Place::read(params, -1);
+    const int* slot_of_row = opaque_global(params.slot_of_row + blockIdx.z);
+    Place guessed = Place::read(slot_of_row, nullptr);
     guessed.settle(params, -1);
     float4 angles = load_angles(params.rope, guessed.position);
-    if (guessed.slot >= 0) {
-        const Cached cached(params, guessed.slot);
-        const Splits splits(guessed.position + 1);
-        const int shares = count_shares(splits, params.splits);
-        int block = share << splits.shift;
-#pragma unroll
-        for (int stage = 0; stage < STAGES; ++stage) {
-            if (share < shares && block < splits.blocks) cached.prefetch(block * BLOCK_KEYS, guessed.position);
-            block = splits.after(block, shares);
-        }
-    }
+    const int* likely = opaque_global(guessed.slot < 0 ? nullptr : &params.slots[guessed.slot].position);
+    const FirstCopies copies(params, guessed, share);
+    copies.prefetch();
+    newest.make_ready();
 
     grid_dependency_wait();
-    Place place = Place::read(params, guessed.slot);
-    newest.ask(0);
-    if (guessed.slot >= 0) start_copies(params, guessed, share, first_stage);
+    Place place = Place::read(slot_of_row, likely);
+    newest.ask();
+    sync_warp();                // keeps the compiler from putting those loads behind the copies
+    copies.start(first_stage);  // of nothing where no slot was guessed
     place.settle(params, guessed.slot);
     if (!(place == guessed)) {
         copy_async_wait<0>();  // what the wrong guess has started; each lane asks for the same places again
-        if (place.slot >= 0) start_copies(params, place, share, first_stage);
+        if (place.slot >= 0) FirstCopies(params, place, share).start(first_stage);
     }
     const int position = place.position;  // keys before this one are in the cache
     const Splits splits(position + 1);

@@ -17,13 +17,12 @@ struct HeadPairs {
     DEVICE static bool holds() { return HEAD_LANES == WARP_LANES || lane_index() < HEAD_LANES; }
     DEVICE void clear() { low = high = make_float2(0.0f, 0.0f); }
 
-    // A head that another kernel has written, or of constants.
-    DEVICE void load_fresh(const float* head) {
-        clear();
-        if (!holds()) return;
-        low = load_global_fresh<float2>(head + 2 * lane_index());
-        high = load_global_fresh<float2>(head + HEAD_DIM / 2 + 2 * lane_index());
+    // From the address of the lane's first pair, in a head that another kernel has written.
+    DEVICE void load_fresh(const float* pair) {
+        low = load_global_fresh<float2>(pair);
+        high = load_global_fresh<float2>(pair + HEAD_DIM / 2);
     }
+    // A head of constants.
     DEVICE void load(const float* head) {
         clear();
         if (!holds()) return;

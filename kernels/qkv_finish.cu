@@ -25,7 +25,8 @@ extern "C" __global__ void __launch_bounds__(256) qkv_finish(const __grid_consta
     for (int head = warp_index(); head < heads; head += warps) {
         const bool query = head < q_heads, key = !query && head < q_heads + kv_heads;
         HeadPairs pairs;
-        pairs.load_fresh(params.qkv + (first + head) * HEAD_DIM);
+        pairs.clear();
+        if (HeadPairs::holds()) pairs.load_fresh(params.qkv + (first + head) * HEAD_DIM + 2 * lane_index());
         if (query || key) {
             pairs.normalise(HeadPairs::select(query, q_gain, k_gain), params.epsilon);
             pairs.rotate(angles);

@@ -26,6 +26,7 @@ struct Newest {
     int first_row, rows;  // query heads of the key-value head: the first of this row group, and how many it has
     HeadPairs q_gain, k_gain;
     HeadPairs raw[UNITS_AT_ONCE];
+    const float* sources[UNITS_AT_ONCE];
 
     DEVICE Newest(const AttentionStepParams& params, int row_group) {
         kv_heads = gridDim.y;
@@ -46,36 +47,55 @@ struct Newest {
 
     DEVICE static int unit(int i) { return warp_index() + i * WARPS; }
 
-    // Asks for the raw heads of the units first, first + 1, ... of this warp; those that do not exist are zeros.
-    DEVICE void ask(int first) {
+    // Where the lane reads its part of a unit's raw head. What does not exist reads the first head, and is not looked at:
+    // conditions would put the loads off.
+    DEVICE const float* source(int u) const {
+        const int kv_head = blockIdx.y;
+        int head = kv_head * GROUP + first_row;
+        if (u < rows) head += u;
+        if (u == LIVE_ROWS || u == LIVE_ROWS + 1) head = heads + (u - LIVE_ROWS) * kv_heads + kv_head;
+        return qkv + head * HEAD_DIM + (HeadPairs::holds() ? 2 * lane_index() : 0);
+    }
+    // Has the addresses of the first units ready before they are asked for: the compiler would put that off, had they no
+    // use before. Those lines are being written in the second-level cache, so that no memory is read.
+    DEVICE void make_ready() {
 #pragma unroll
         for (int i = 0; i < UNITS_AT_ONCE; ++i) {
-            const int u = unit(first + i), kv_head = blockIdx.y;
-            const int head =
-                u < LIVE_ROWS ? kv_head * GROUP + first_row + u : heads + (u - LIVE_ROWS) * kv_heads + kv_head;
-            raw[i].clear();
-            if (u < rows || (u >= LIVE_ROWS && u < LIVE_ROWS + 2)) raw[i].load_fresh(qkv + head * HEAD_DIM);
+            sources[i] = opaque_global(source(unit(i)));
+            prefetch_l2(sources[i]);
         }
+    }
+    DEVICE void ask() {
+#pragma unroll
+        for (int i = 0; i < UNITS_AT_ONCE; ++i) raw[i].load_fresh(sources[i]);
     }
 
     // newest: shared address of the key and value; null key and value: this thread block does not store them.
     DEVICE void finish(float4 angles, float epsilon, unsigned queries, unsigned newest, Element* key, Element* value) {
         for (int first = 0; first < UNITS; first += UNITS_AT_ONCE) {
-            if (first > 0) ask(first);
+            if (first > 0) {
+#pragma unroll
+                for (int i = 0; i < UNITS_AT_ONCE; ++i) sources[i] = source(unit(first + i));
+                ask();
+            }
+            // without branches, so that the units' exchanges between lanes are under way together
 #pragma unroll
             for (int i = 0; i < UNITS_AT_ONCE; ++i) {
-                finish_unit(raw[i], unit(first + i), angles, epsilon, queries, newest, key, value);
+                const int u = unit(first + i);
+                if (!HeadPairs::holds()) raw[i].clear();
+                HeadPairs turned = raw[i];
+                turned.normalise(HeadPairs::select(u < LIVE_ROWS, q_gain, k_gain), epsilon);
+                turned.rotate(angles);
+                raw[i] = HeadPairs::select(u <= LIVE_ROWS, turned, raw[i]);
             }
+#pragma unroll
+            for (int i = 0; i < UNITS_AT_ONCE; ++i) store(raw[i], unit(first + i), queries, newest, key, value);
         }
     }
 
 private:
-    DEVICE void finish_unit(HeadPairs& pairs, int u, float4 angles, float epsilon, unsigned queries, unsigned newest,
-                            Element* key, Element* value) const {
-        if (u <= LIVE_ROWS) {
-            pairs.normalise(HeadPairs::select(u < LIVE_ROWS, q_gain, k_gain), epsilon);
-            pairs.rotate(angles);
-        }
+    DEVICE void store(const HeadPairs& pairs, int u, unsigned queries, unsigned newest, Element* key,
+                      Element* value) const {
         if (u >= LIVE_ROWS + 2 || !HeadPairs::holds()) return;
         const int low = lane_index(), high = HALF_WORDS + lane_index();
         if (u < LIVE_ROWS) {
