@@ -47,8 +47,8 @@ struct Newest {
 
     DEVICE static int unit(int i) { return warp_index() + i * WARPS; }
 
-    // Where the lane reads its part of a unit's raw head. What does not exist reads the first head, and is not looked at:
-    // conditions would put the loads off.
+    // Where the lane reads its part of a unit's raw head. What does not exist reads the first head, and is not looked
+    // at: conditions would put the loads off.
     DEVICE const float* source(int u) const {
         const int kv_head = blockIdx.y;
         int head = kv_head * GROUP + first_row;
@@ -56,8 +56,8 @@ struct Newest {
         if (u == LIVE_ROWS || u == LIVE_ROWS + 1) head = heads + (u - LIVE_ROWS) * kv_heads + kv_head;
         return qkv + head * HEAD_DIM + (HeadPairs::holds() ? 2 * lane_index() : 0);
     }
-    // Has the addresses of the first units ready before they are asked for: the compiler would put that off, had they no
-    // use before. Those lines are being written in the second-level cache, so that no memory is read.
+    // Has the addresses of the first units ready before they are asked for: the compiler would put that off, had they
+    // no use before. Those lines are being written in the second-level cache, so that no memory is read.
     DEVICE void make_ready() {
 #pragma unroll
         for (int i = 0; i < UNITS_AT_ONCE; ++i) {
