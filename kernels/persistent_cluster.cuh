@@ -32,13 +32,12 @@ struct Exchange {
                address_in(base + exchange_barrier(exchange), receiver));
     }
 
-    // All of an exchange is here. Every warp that computes calls this once for each use; a wait later in program order may
-    // stand for it where a warp does not need the data (`skip`).
+    // All of an exchange is here. Every warp that computes calls this once for each use, whether it reads or not.
     DEVICE void await(int exchange) {
         const unsigned barrier = base + exchange_barrier(exchange), parity = parities >> exchange & 1u;
-        spin_until(watch, 16 + exchange, [=] { return barrier_done(barrier, parity); });
+        const bool here = spin_until(watch, 16 + exchange, [=] { return barrier_done(barrier, parity); });
         parities ^= 1u << exchange;
-        if (threadIdx.x == 0) barrier_expect(barrier, exchange_bytes(exchange));
+        if (threadIdx.x == 0 && here) barrier_expect(barrier, exchange_bytes(exchange));
     }
     DEVICE unsigned at(int exchange) const { return base + exchange_at(exchange); }
 };

@@ -30,17 +30,19 @@ struct Watch {
 // Warps that wait for others' progress are more patient than those, so that the error names what was first.
 constexpr long long PATIENT = 2LL * SPIN_LIMIT_CYCLES;
 
-// Waits until ready() holds in every lane of the warp, or the launch is given up. `code` names the wait.
+// Waits until ready() holds in every lane of the warp: true. Or the launch is given up: false. `code` names the wait.
 template <typename Ready>
-DEVICE void spin_until(const Watch& watch, unsigned code, Ready ready, long long limit = SPIN_LIMIT_CYCLES) {
-    if (all_lanes(ready())) return;
-    if (all_lanes(watch.is_dead())) return;
+DEVICE bool spin_until(const Watch& watch, unsigned code, Ready ready, long long limit = SPIN_LIMIT_CYCLES) {
+    if (all_lanes(ready())) return true;
+    if (all_lanes(watch.is_dead())) return false;
     const long long start = clock_cycles();
     for (unsigned turn = 1;; ++turn) {
         pause();
-        if (all_lanes(ready())) return;
+        if (all_lanes(ready())) return true;
         if (turn % 64 != 0) continue;
         const bool over = watch.is_dead() || clock_cycles() - start > limit || load_flag(watch.error) != 0;
-        if (!all_lanes(!over)) return watch.give_up(code);
+        if (all_lanes(!over)) continue;
+        watch.give_up(code);
+        return false;
     }
 }
