@@ -67,7 +67,9 @@ def pack_persistent(shape: Shape, layers: Sequence[Layer], head: Array, final_no
     return PersistentWeights(
         stream=stream.view(np.uint8).reshape(shape.blocks, longest * BLOCK_BYTES),
         gains=xp.stack([*norms, final_norm, xp.zeros_like(final_norm)]).astype(np.float32).reshape(-1, 2, shape.hidden),
-        head_gains=xp.stack([gain for layer in layers for gain in (layer.q_norm, layer.k_norm)]).astype(np.float32),
+        head_gains=xp.stack([gain for layer in layers for gain in (layer.q_norm, layer.k_norm)])
+        .astype(np.float32)
+        .reshape(-1, 2, shape.head_dim),
     )
 
 

@@ -1,0 +1,134 @@
+"""Microseconds per token of one voice: the persistent kernel on several grids, and the graph path beside it.
+
+    python benchmarks/persistent.py [--tokens 256] [--context 128] [--out FILE]
+
+A random checkpoint of the 80M shape that does not stop. A run is timed by events around the launch, from the second
+token to the last, so the mean context is `context` + `tokens` / 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+from common import RESULTS, Row, machine_facts, timing, write_results
+
+from soprano_cupy.checkpoint import open_language_model
+from soprano_cupy.config import ModelConfig
+from soprano_cupy.cuda.module import device_facts
+from soprano_cupy.generation import Request
+from soprano_cupy.gpu import persistent, step
+from soprano_cupy.sampling import SamplingParams
+from soprano_cupy.testing import SOPRANO_1_1_80M, make_checkpoint
+
+LIMIT_US = 36.5  # 151 MB at 4.14 TB/s
+
+
+def places_of(batch: Any, config: ModelConfig) -> persistent.Places:
+    """Slot 0 of a batch."""
+    arena, sizes = batch._arena, batch.sizes
+    return persistent.Places(
+        keys=arena.pointer("keys"), values=arena.pointer("values"),
+        layer_elements=sizes.capacity * config.num_kv_heads * config.head_dim * sizes.slots,
+        slot=arena.pointer("slots"), seen=arena.pointer("seen"), tokens=batch._tokens_memory.device,
+        states=arena.pointer("states"), progress=batch._progress_memory.device, residual=arena.pointer("step.residual"),
+        hidden=arena.pointer("step.hidden"), square_sums=arena.pointer("step.square_sums"),
+        slot_of_row=arena.pointer("slot_of_row"), slot_index=0, most_tokens=sizes.tokens,
+    )  # fmt: skip
+
+
+def time_run(model: Any, decoder: Any, request: Request) -> tuple[float, np.ndarray]:
+    """Microseconds per token behind the first, and the tokens."""
+    from soprano_cupy.gpu._driver import Event
+
+    with model.borrowed([request]) as batch:
+        batch.begin([request], give_up=False)
+        batch.stream.synchronize()
+        start, end = Event(timing=True), Event(timing=True)
+        places = places_of(batch, model.config)
+        start.record(batch.stream.ptr)
+        decoder.launch(batch.stream.ptr, places)
+        end.record(batch.stream.ptr)
+        batch.stream.synchronize()
+        decoder.check()
+        count = step.progress_count(int(batch.progress[0]))
+        return 1e3 * end.elapsed_ms(start) / (count - 1), np.array(batch.tokens[0, :count])
+
+
+def time_graph(model: Any, request: Request) -> tuple[float, np.ndarray]:
+    """The same by the graph path."""
+    import time
+
+    with model.borrowed([request]) as batch:
+        batch.begin([request], give_up=False)
+        batch.stream.synchronize()
+        begun = time.perf_counter()
+        word = batch.finish(1)[0]
+        count = step.progress_count(word)
+        return 1e6 * (time.perf_counter() - begun) / (count - 1), np.array(batch.tokens[0, :count])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    from soprano_cupy.gpu.qwen3 import GpuLanguageModel, best_dtype
+
+    facts = device_facts(0)
+    dtype = best_dtype(facts.capability)
+    rows, checks = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_checkpoint(Path(folder) / "80m", config=SOPRANO_1_1_80M, seed=1, mean_tokens=None)
+        config = ModelConfig.from_folder(path)
+        with open_language_model(path) as file:
+            model = GpuLanguageModel(file, config, "cuda", dtype, "benchmark")
+    prompt = np.random.default_rng(0).integers(4, config.vocab_size, arguments.context).astype(np.int32)
+    samplings: dict[str, dict[str, Any]] = {"greedy": {}, "top-p": {"temperature": 0.3, "top_p": 0.95, "seed": 1}}
+    for kind, sampling in samplings.items():
+        request = Request(prompt, SamplingParams(max_new_tokens=arguments.tokens, **sampling))
+        graph = [time_graph(model, request) for _ in range(5)]
+        t = timing([us for us, _ in graph[1:]])
+        expected = graph[0][1]
+        report(f"graph, {kind}", t.median, t.p99, f"{len(expected)} tokens")
+        rows.append(Row(f"graph, {kind}", t.median, "us a token", t.repeats, p99=t.p99, limit=LIMIT_US))
+        for grid in persistent.GRIDS:
+            name = f"{grid[0]} clusters of {grid[1]}, dims in {grid[2]}, {kind}"
+            decoder = persistent.PersistentDecoder(config, model._weights, model._facts, dtype, grids=(grid,))
+            if decoder.problem() is not None:
+                sys.stdout.write(f"{name:40s} {decoder.problem()}\n")
+                continue
+            try:
+                runs = [time_run(model, decoder, request) for _ in range(arguments.repeats)]
+            except Exception as error:  # one grid that fails leaves the others
+                sys.stdout.write(f"{name:40s} {type(error).__name__}: {error}\n")
+                continue
+            same = {tokens.tobytes() for _, tokens in runs}
+            length = min(len(expected), len(runs[0][1]))
+            different = np.flatnonzero(expected[:length] != runs[0][1][:length])
+            first = int(different[0]) if len(different) else length
+            t = timing([us for us, _ in runs[1:]])
+            report(name, t.median, t.p99, f"{len(runs[0][1])} tokens, {first} as the graph's, {len(same)} kind of result")
+            if len(same) == 1 and first > 0:
+                checks += 1
+                rows.append(Row(name, t.median, "us a token", t.repeats, p99=t.p99, limit=LIMIT_US))
+    head = machine_facts(gpu=True)
+    write_results(arguments.out or RESULTS / f"{head['machine']}-persistent.json", "persistent", head, {}, rows, checks)
+
+
+def report(name: str, median: float, p99: float, more: str) -> None:
+    sys.stdout.write(f"{name:40s} {median:8.2f} us a token (p99 {p99:.2f})  {more}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
