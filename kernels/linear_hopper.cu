@@ -139,20 +139,18 @@ __device__ __forceinline__ void measure_rows(const LinearParams& p, const Shared
 
 // ---- the warpgroups that compute ----
 
-using Fragments = u32[PART_PRODUCTS][PRODUCTS][4];
+using Fragments = u32[PRODUCTS][4];
 
-// Weights of one part of a stage: each lane's words of its warp's 16-feature tiles.
+// Weights of 16 of the depth: each lane's words of its warp's 16-feature tiles.
 __device__ __forceinline__ void load_fragments(Fragments& a, u32 address) {
 #pragma unroll
-    for (int k = 0; k < PART_PRODUCTS; ++k)
-#pragma unroll
-        for (int n = 0; n < PRODUCTS; ++n) {
-            const uint4 words = load_shared<uint4>(address + n * PACKED_STEP_BYTES + k * PACKED_BYTES);
-            a[k][n][0] = words.x;
-            a[k][n][1] = words.y;
-            a[k][n][2] = words.z;
-            a[k][n][3] = words.w;
-        }
+    for (int n = 0; n < PRODUCTS; ++n) {
+        const uint4 words = load_shared<uint4>(address + n * PACKED_STEP_BYTES);
+        a[n][0] = words.x;
+        a[n][1] = words.y;
+        a[n][2] = words.z;
+        a[n][3] = words.w;
+    }
 }
 
 // The blocks of a cluster hold the same tile, summed over different parts of the depth. Each takes END_ROWS rows of it
@@ -223,32 +221,41 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
                           schedule.first_row(index) + rank * END_ROWS};
         End end(p, place);
         float d_rmem[PRODUCTS][ACCUMULATORS];
-        Fragments a_rmem[STAGE_PARTS];
+        Fragments a_rmem[STEP_PRODUCTS];
         Slot slot(turn * steps);
         int last = 0;
         if (GROUPS == 2) named_barrier_sync(GROUP_BARRIER + group, CONSUMERS * WARPGROUP);
 
-        // D += W X^T, DEPTH_STEP deep. Two parts of a stage are under way: one's weights load while the other multiplies.
+        // D += W X^T, DEPTH_STEP deep. Weights are in registers two products ahead, and while two products are under way
+        // they are loaded into those of the product before: the next one waits for neither.
+        if (steps > 0) {
+            mbarrier_wait(smem.full(slot.stage), slot.parity);
+#pragma unroll
+            for (int k = 0; k < AHEAD; ++k)
+                load_fragments(a_rmem[k], fragments + slot.stage * WEIGHT_BYTES + k * PACKED_BYTES);
+        }
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
-            mbarrier_wait(smem.full(slot.stage), slot.parity);
-            const u32 weights = fragments + slot.stage * WEIGHT_BYTES;
+            u32 weights = fragments + slot.stage * WEIGHT_BYTES;
             const u64 b = input + slot.stage * (INPUT_BYTES >> 4);
+            const int stage = slot.stage;
+            slot.advance();
 #pragma unroll
-            for (int part = 0; part < STAGE_PARTS; ++part) {
-                load_fragments(a_rmem[part], weights + part * PART_PRODUCTS * PACKED_BYTES);
+            for (int k = 0; k < STEP_PRODUCTS; ++k) {
                 products_fence();
 #pragma unroll
-                for (int k = 0; k < PART_PRODUCTS; ++k)
-#pragma unroll
-                    for (int n = 0; n < PRODUCTS; ++n)
-                        product(d_rmem[n], a_rmem[part][k][n], b + 2 * (part * PART_PRODUCTS + k), step + part + k > 0);
+                for (int n = 0; n < PRODUCTS; ++n) product(d_rmem[n], a_rmem[k][n], b + 2 * k, step + k > 0);
                 wgmma_commit();
-                products_wait<1>();  // the part before is done
-                if (part == 0 && step > 0 && leader) mbarrier_arrive(smem.empty(last));
+                products_wait<STEP_PRODUCTS - AHEAD>();
+                if (k == STEP_PRODUCTS - AHEAD - 1 && step > 0 && leader) mbarrier_arrive(smem.empty(last));
+                if (k == STEP_PRODUCTS - AHEAD && step + 1 < steps) {
+                    mbarrier_wait(smem.full(slot.stage), slot.parity);
+                    weights = fragments + slot.stage * WEIGHT_BYTES;
+                }
+                const int next = (k + AHEAD) % STEP_PRODUCTS;
+                if (k + AHEAD < STEP_PRODUCTS || step + 1 < steps) load_fragments(a_rmem[next], weights + next * PACKED_BYTES);
             }
-            last = slot.stage;
-            slot.advance();
+            last = stage;
         }
         if (GROUPS == 2) named_barrier_arrive(GROUP_BARRIER + (group ^ 1), CONSUMERS * WARPGROUP);
         products_wait<0>();

@@ -40,7 +40,7 @@ constexpr int PARTS = PRODUCTS * CHUNKS;  // a part: 16 features of CHUNK_ROWS r
 // Parts of the residual requested before the main loop, or else at its end, and how many at once: what registers allow.
 constexpr bool AHEAD_OF_PRODUCTS = PRODUCTS * ACCUMULATORS <= 64;
 constexpr bool WHOLE_AHEAD = AHEAD_OF_PRODUCTS && PRODUCTS == 1 && CONSUMERS < 3;
-constexpr int PARTS_AHEAD = WHOLE_AHEAD ? PARTS : !AHEAD_OF_PRODUCTS && (END == END_RESIDUAL || CONSUMERS > 2) ? 1 : 2;
+constexpr int PARTS_AHEAD = WHOLE_AHEAD ? PARTS : CONSUMERS > 2 ? 1 : 2;
 static_assert(4 * WARP_STAGING_BYTES <= STAGING_BYTES, "four warps share a staging area");
 
 struct FloatEnd {

@@ -15,8 +15,7 @@ constexpr int END_ROWS = TILE_ROWS / SPLITS;  // that a block of a cluster bring
 constexpr int END_ACCUMULATORS = ACCUMULATORS / SPLITS;
 constexpr int GROUP_WARPS = WARPGROUPS * WARPGROUP / 32;
 constexpr int STEP_PRODUCTS = DEPTH_STEP / 16;                    // a stage of the ring is DEPTH_STEP deep
-constexpr int STAGE_PARTS = PRODUCTS * TILE_ROWS >= 256 ? 4 : 2;  // whose weights are in registers by turns
-constexpr int PART_PRODUCTS = STEP_PRODUCTS / STAGE_PARTS;
+constexpr int AHEAD = 2;  // products whose weights are in registers before it is their turn
 
 constexpr u32 PACKED_BYTES = TILE_FEATURES * 16 * 2;             // 16 x 16 weights
 constexpr u32 PACKED_STEP_BYTES = STEP_PRODUCTS * PACKED_BYTES;  // contiguous, in memory and in a stage

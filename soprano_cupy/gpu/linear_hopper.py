@@ -145,8 +145,10 @@ def refusal(request: LinearRequest) -> str | None:
 
 def serves(variant: Variant, request: LinearRequest) -> bool:
     """Whether the variant has registers enough for the end, and the depth something for every block of a cluster."""
-    crowded = request.end == End.RESIDUAL or (request.end == End.GELU and variant.accumulators > 64)
-    if variant.consumers > 2 and crowded:
+    many, wide = variant.consumers > 2, variant.accumulators > 64
+    if request.end == End.RESIDUAL and (many or wide or variant.products > 1):
+        return False
+    if request.end == End.GELU and many and wide:
         return False
     matrices_rows = {End.GELU: 16, End.SWIGLU: 32}.get(request.end, 8)  # that the end takes at a time
     return request.padded_depth // DEPTH_STEP >= variant.splits and variant.rows // variant.splits >= matrices_rows
