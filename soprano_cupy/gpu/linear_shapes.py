@@ -182,7 +182,7 @@ TURING_TILES = ((128, 64), (64, 64), (64, 32))
 
 COLUMNS = (1, 2, 4)
 MOST_GROUPS = 32  # blocks of linear_rows along the rows
-FEATURE_TILES = (1, 2, 4)  # of a block of linear_rows
+FEATURE_TILES = (1, 2)  # of a block of linear_rows
 MOST_HELD = 18  # packed tiles in the registers of a lane, 4 registers each
 
 
@@ -235,7 +235,7 @@ def tiles_of(problem: Problem) -> Iterator[TilesShape]:
 # and for more rows of few features, where `linear_hopper.cu` takes:
 #
 #     768 x 512          256                    3.62    3.96    4.07
-#     512 x 512          256    2.62 (2 x 4)    2.93    3.62    4.64
+#     512 x 512          256                    2.93    3.62    4.64
 #     512 x 2304         128    6.08 (4 x 1)                    13.1
 #     512 x 2304         256                    10.1            13.7
 #
