@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common import RESULTS, Row, machine_facts, timing, write_results
 
@@ -117,7 +117,9 @@ def main() -> None:
             different = np.flatnonzero(expected[:length] != runs[0][1][:length])
             first = int(different[0]) if len(different) else length
             t = timing([us for us, _ in runs[1:]])
-            report(name, t.median, t.p99, f"{len(runs[0][1])} tokens, {first} as the graph's, {len(same)} kind of result")
+            report(
+                name, t.median, t.p99, f"{len(runs[0][1])} tokens, {first} as the graph's, {len(same)} kind of result"
+            )
             if len(same) == 1 and first > 0:
                 checks += 1
                 rows.append(Row(name, t.median, "us a token", t.repeats, p99=t.p99, limit=LIMIT_US))

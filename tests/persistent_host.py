@@ -115,7 +115,13 @@ class Host:
         }  # fmt: skip
 
     def run(
-        self, memory: dict[str, Array], *, budget: int = 1000, cancelled: bool = False, stall_at: int = 0, **options: Any
+        self,
+        memory: dict[str, Array],
+        *,
+        budget: int = 1000,
+        cancelled: bool = False,
+        stall_at: int = 0,
+        **options: Any,
     ) -> Outcome:
         """Launch on this memory, which `prepare` made or an earlier launch has left."""
         c, w = self.config, self.weights
@@ -123,7 +129,7 @@ class Host:
         memory["error"][:] = 0
         memory["cancel"][:] = int(cancelled)
         constants = {
-            "stream": w.stream, "gains": np.ascontiguousarray(w.gains), "head_gains": np.ascontiguousarray(w.head_gains),
+            "stream": w.stream, "gains": w.gains, "head_gains": w.head_gains,
             "rope": self.source.rope, "embeddings": self.source.embeddings,
         }  # fmt: skip
         places = persistent.Places(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,9 @@ import pytest
 from soprano_cupy.gpu import persistent, step
 from soprano_cupy.testing import TINY, make_checkpoint
 
-MQA = replace(TINY, hidden_size=64, num_heads=4, num_kv_heads=1, head_dim=32, intermediate_size=160, vocab_size=200, num_layers=2)
+MQA = replace(
+    TINY, hidden_size=64, num_heads=4, num_kv_heads=1, head_dim=32, intermediate_size=160, vocab_size=200, num_layers=2
+)
 GQA = replace(MQA, hidden_size=96, num_heads=4, num_kv_heads=2, head_dim=64, intermediate_size=136, vocab_size=333)
 PROMPT = [5, 9, 33, 17, 60, 61, 8]
 # A state's error, over the rms of the states: 16-bit roundings of activations, keys and values in two layers.
@@ -59,11 +60,11 @@ def check(h: host.Host, request: Any, outcome: host.Outcome, expected: Any) -> N
     assert outcome.slot_of_row == -1
 
 
-@pytest.mark.parametrize(
-    ("config", "grid"), [(MQA, (2, 2, 1)), (MQA, (1, 4, 1)), (GQA, (2, 4, 2)), (GQA, (4, 2, 1))]
-)
+@pytest.mark.parametrize(("config", "grid"), [(MQA, (2, 2, 1)), (MQA, (1, 4, 1)), (GQA, (2, 4, 2)), (GQA, (4, 2, 1))])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 11}])
-def test_sentences(hosts: Callable[..., host.Host], config: Any, grid: tuple[int, ...], sampling: dict[str, Any]) -> None:
+def test_sentences(
+    hosts: Callable[..., host.Host], config: Any, grid: tuple[int, ...], sampling: dict[str, Any]
+) -> None:
     h = hosts(config, *grid)
     request = host.request(PROMPT, max_new_tokens=7, **sampling)
     check(h, request, h.run(h.prepare(request)), h.expected(request))

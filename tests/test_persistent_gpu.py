@@ -1,9 +1,8 @@
-"""The persistent decode kernel on a GPU: the graph path's tokens and states, in parts, cancelled, stalled, and repeated."""
+"""The persistent decode kernel on a GPU: the graph path's tokens and states; in parts, cancelled, stalled, repeated."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ class Engine:
     def __init__(self, folder: Path) -> None:
         from soprano_cupy.checkpoint import open_language_model
         from soprano_cupy.config import ModelConfig
-        from soprano_cupy.gpu.qwen3 import GpuLanguageModel, best_dtype, engine_problem
         from soprano_cupy.cuda.module import device_facts
+        from soprano_cupy.gpu.qwen3 import GpuLanguageModel, best_dtype, engine_problem
 
         config = ModelConfig.from_folder(folder)
         dtype = best_dtype(device_facts(0).capability)
@@ -80,10 +79,10 @@ def places_of(batch: Any, config: Any, slot: int = 0) -> persistent.Places:
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = tmp_path_factory.mktemp("persistent") / request.param
     make_checkpoint(folder, config=MODELS[request.param], seed=1, mean_tokens=60)
-    yield Engine(folder)
+    return Engine(folder)
 
 
 def ask(prompt: list[int], tokens: int = 80, **sampling: Any) -> Request:

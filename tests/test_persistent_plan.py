@@ -1,4 +1,4 @@
-"""The persistent decode kernel's plan: who computes what, the order of the weights, sizes, and what the compiler says."""
+"""The persistent decode kernel's plan: who computes what, the order of the weights, sizes, the compiler's report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from soprano_cupy.errors import DeviceError
 from soprano_cupy.gpu import persistent
 from soprano_cupy.gpu.packing import interleave_gate_up, pack_linear, unpack_linear
 from soprano_cupy.gpu.persistent_schedule import (
-    BLOCK_BYTES, CHUNK_BLOCKS, CHUNK_BYTES, Shape, head_products, layer_products, qkv_tile, share,
+    BLOCK_BYTES,
+    CHUNK_BLOCKS,
+    CHUNK_BYTES,
+    Shape,
+    head_products,
+    layer_products,
+    qkv_tile,
+    share,
 )  # fmt: skip
 from soprano_cupy.gpu.persistent_weights import pack_persistent
 from soprano_cupy.gpu.weights import Layer
@@ -137,7 +144,9 @@ def test_refusals() -> None:
         assert isinstance(persistent.stalled(code), DeviceError)
 
 
-@pytest.mark.parametrize(("architecture", "dtype"), [("sm_90", "bfloat16"), ("sm_90", "float16"), ("sm_100", "bfloat16")])
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("sm_90", "bfloat16"), ("sm_90", "float16"), ("sm_100", "bfloat16")]
+)
 def test_compiles_without_spills(architecture: str, dtype: str) -> None:
     nvrtc = find_nvrtc()
     if int(architecture[3:]) not in nvrtc.architectures:

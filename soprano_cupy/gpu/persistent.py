@@ -31,7 +31,14 @@ logger = logging.getLogger(__name__)
 SOURCE, KERNEL = "decode_persistent.cu", "decode_persistent"
 MIN_CAPABILITY = (9, 0)  # clusters
 MOST_VOCAB = 8192  # scores that the first block keeps in shared memory, as in kernels/sample_scores.cuh
-SHARED_BYTES = {(9, 0): 232_448, (10, 0): 232_448, (10, 3): 232_448, (11, 0): 232_448, (12, 0): 101_376, (12, 1): 101_376}
+SHARED_BYTES = {
+    (9, 0): 232_448,
+    (10, 0): 232_448,
+    (10, 3): 232_448,
+    (11, 0): 232_448,
+    (12, 0): 101_376,
+    (12, 1): 101_376,
+}
 UNLIMITED = 1 << 30  # tokens of a launch
 
 # Clusters, ranks of a cluster, shares of the values' dimensions: the first that fits the model and the GPU is taken.
@@ -60,8 +67,8 @@ PARAMS = np.dtype(
 class Places:
     """Device addresses of one sequence, as the graph path's prefill and first sampling have left them.
 
-    keys, values: of the slot, (layers, capacity, kv_heads, head_dim) with `layer_elements` from layer to layer. slot: its
-    `SLOT_STATE` record. seen, states, tokens, progress: of the slot, as `kernels/sample.cu` writes them. residual,
+    keys, values: of the slot, (layers, capacity, kv_heads, head_dim) with `layer_elements` from layer to layer. slot:
+    its `SLOT_STATE` record. seen, states, tokens, progress: of the slot, as `kernels/sample.cu` writes them. residual,
     hidden, square_sums, slot_of_row: the decode step's row of the sequence; read, and at the end written for whoever
     goes on. cancel: a 32-bit word of mapped memory that ends the launch at the next token once it is not 0, or 0.
     report: a 64-bit word of mapped memory that becomes 1 + the error's code when the launch has ended, or 0.
@@ -165,7 +172,7 @@ class PersistentDecoder:
             return reason
         slots = ring_slots(shape, SHARED_BYTES.get(self._facts.capability, 101_376))
         if slots < least_slots(shape):
-            return f"a block's shared memory has room for {max(slots, 0)} chunks of weights, and {least_slots(shape)} are needed"
+            return f"a block's shared memory holds {max(slots, 0)} chunks of weights, and needs {least_slots(shape)}"
         fit = self._clusters_at_once(shape, slots)
         if fit < shape.clusters:
             return f"only {fit} of {shape.clusters} clusters of {shape.ranks} blocks run at once"
@@ -227,7 +234,7 @@ class PersistentDecoder:
 def plan_persistent(
     config: ModelConfig, shape: Shape, slots: int, dtype: str, places: Places, tables: dict[str, int]
 ) -> Launch:
-    """The launch; `tables`: addresses of what does not change from sequence to sequence, `stream_bytes` and `budget`."""
+    """The launch. tables: addresses of what does not change from sequence to sequence, `stream_bytes` and `budget`."""
     params = np.zeros(1, PARAMS)
     values: dict[str, Any] = {
         **tables, **{name: getattr(places, name) for name in Places.__dataclass_fields__},
@@ -262,7 +269,10 @@ def least_slots(shape: Shape) -> int:
     """Chunks of the longest product, which the ring has to hold."""
     hidden, qkv = ceil(shape.hidden_tiles, shape.ranks), ceil(shape.qkv_tiles, shape.ranks)
     blocks = max(
-        hidden * shape.gated_steps, hidden * shape.attended_steps, qkv * shape.hidden_tiles, PASS_TILES * shape.hidden_tiles
+        hidden * shape.gated_steps,
+        hidden * shape.attended_steps,
+        qkv * shape.hidden_tiles,
+        PASS_TILES * shape.hidden_tiles,
     )
     return ceil(blocks, CHUNK_BLOCKS)
 

@@ -3,9 +3,9 @@
 The same arithmetic as `kernels/persistent_sizes.cuh` and `persistent_stream.cuh`, in Python: it packs the weights into
 one stream for each thread block, and tests hold the two against each other.
 
-A grid is `clusters` clusters of `ranks` blocks. A cluster holds its share of the query heads, with their keys and values,
-and its share of the MLP's channels; inside it each rank computes whole tiles of 16 features of every product. The
-residual stream is summed over the clusters.
+A grid is `clusters` clusters of `ranks` blocks. A cluster holds its share of the query heads, with their keys and
+values, and its share of the MLP's channels; inside it each rank computes whole tiles of 16 features of every product.
+The residual stream is summed over the clusters.
 """
 
 from __future__ import annotations

@@ -38,7 +38,9 @@ class PersistentWeights:
         return int(self.stream.nbytes + self.gains.nbytes + self.head_gains.nbytes)
 
 
-def pack_persistent(shape: Shape, layers: Sequence[Layer], head: Array, final_norm: Array, xp: Any) -> PersistentWeights:
+def pack_persistent(
+    shape: Shape, layers: Sequence[Layer], head: Array, final_norm: Array, xp: Any
+) -> PersistentWeights:
     """Streams for every block of the grid, from matrices that `pack_linear` packed and norms in float32.
 
     xp: `numpy` or `cupy`, where the arrays are and the result will be.
@@ -53,7 +55,9 @@ def pack_persistent(shape: Shape, layers: Sequence[Layer], head: Array, final_no
     blocks = range(shape.blocks)
     layer_orders = [_order(layer_products(shape, b // shape.ranks, b % shape.ranks), places, xp) for b in blocks]
     head_orders = [_order(head_products(shape, b), places, xp) for b in blocks]
-    longest = max(len(layers) * len(of_layer) + len(of_head) for of_layer, of_head in zip(layer_orders, head_orders, strict=True))
+    longest = max(
+        len(layers) * len(of_layer) + len(of_head) for of_layer, of_head in zip(layer_orders, head_orders, strict=True)
+    )
     stream = xp.zeros((shape.blocks, longest, BLOCK_BYTES // 4), np.uint32)
     for index, layer in enumerate(layers):
         whole = _with_zeros([getattr(layer, name) for name in MATRICES], xp)
