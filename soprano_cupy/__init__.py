@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .errors import (
         AttentionUnavailable,
+        Busy,
         CheckpointError,
+        Closed,
+        DeadlineExceeded,
         DeviceError,
         DownloadError,
         OutputError,
@@ -38,12 +41,18 @@ _HOME = {
     "DownloadError": "errors",
     "DeviceError": "errors",
     "AttentionUnavailable": "errors",
+    "Busy": "errors",
+    "Closed": "errors",
+    "DeadlineExceeded": "errors",
     "OutputError": "errors",
 }
 
 __all__ = [
     "AttentionUnavailable",
+    "Busy",
     "CheckpointError",
+    "Closed",
+    "DeadlineExceeded",
     "DeviceError",
     "DownloadError",
     "OutputError",

@@ -42,5 +42,17 @@ class AttentionUnavailable(SopranoError):
     """The flash-attention kernels were asked for explicitly and cannot serve the call."""
 
 
+class Busy(SopranoError):
+    """Too much is waiting to be spoken already; try again later."""
+
+
+class DeadlineExceeded(SopranoError, TimeoutError):
+    """A request was not spoken in the time it was given."""
+
+
+class Closed(SopranoError):
+    """The voice was closed before it had spoken, or before it was asked."""
+
+
 class OutputError(SopranoError):
     """Audio could not be written: folder missing, disk full, no permission, no speakers."""

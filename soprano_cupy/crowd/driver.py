@@ -1,0 +1,209 @@
+"""One device's slots, turn by turn: who enters, whose audio is due, who leaves.
+
+A slot is free; or generating; or ended and waiting for its audio; or leaving, until the device says that it is free
+again. What a turn does for all slots is done in arrays: Python sees a slot only when something happens in it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+
+from ..errors import DeviceError
+from ..generation import retry
+from . import device as status_of
+from .device import Audio, Device, Entry, Order, Report
+from .job import TOKEN_S, Sentence
+from .scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+FIRST_STATES = 5  # of a stream's first piece: four make the first sample final
+LATER_STATES = 24  # of the first piece of a sentence that is not heard yet
+LONGEST_PIECE = 64  # states; pieces double up to here while the listener has enough to hear
+PATIENCE_S = 1.0  # a whole sentence's audio is made as if it ran dry so long after its end
+PIECE_COST = 6  # states that a piece costs beside its own: what surrounds it is made again
+NEWEST_STEP = 0.05  # weight of a step's time in their mean
+NEVER = np.iinfo(np.int64).max
+
+NOT_FINITE = "the language model made numbers that are not finite; the checkpoint may be damaged: download it again"
+
+
+class Driver:
+    """Speaks the scheduler's sentences on one device. One thread uses it."""
+
+    def __init__(self, device: Device, scheduler: Scheduler) -> None:
+        self.device, self.slots = device, device.slots
+        self._scheduler = scheduler
+        self._of: list[Sentence | None] = [None] * self.slots
+        self._slot_of: dict[Sentence, int] = {}
+        self._generating = np.zeros(self.slots, bool)
+        self._due = np.full(self.slots, NEVER, np.int64)  # tokens at which a piece is due
+        self._ordered = np.zeros(self.slots, np.int64)  # states of the newest order that was given
+        self._free = list(range(self.slots))  # a heap: the lowest first, so that few rows hold all
+        self._orders: dict[int, tuple[float, Order]] = {}  # wanted, not given yet; with when they should be done
+        self._step_s = 0.0  # mean time of a step
+        self._stepped: float | None = None  # when the last was asked for
+
+    def turn(self, now: float) -> bool:
+        """One round of everything; whether something is going on."""
+        self._remove(self._slot_of[s] for s in self._scheduler.dropped(self) if s in self._slot_of)
+        self._admit(now)
+        if self._generating.any():
+            self.device.advance()
+            if self._stepped is not None:
+                self._step_s += NEWEST_STEP * (now - self._stepped - self._step_s)
+            self._stepped = now
+        else:
+            self._stepped = None
+        report = self.device.report()
+        for slot in report.left:
+            heapq.heappush(self._free, slot)
+        for audio in report.audio:
+            self._hear(audio, now)
+        self._look(report, now)
+        self._give_orders()
+        return len(self._free) < self.slots
+
+    @property
+    def generating(self) -> int:
+        """Slots that draw tokens."""
+        return int(self._generating.sum())
+
+    @property
+    def free(self) -> int:
+        """Slots that can be entered."""
+        return len(self._free)
+
+    def _admit(self, now: float) -> None:
+        room = min(len(self._free), self.device.most_entries)
+        if not room or not self._scheduler.waiting:
+            return
+        entries = []
+        for sentence in self._scheduler.admit(self, room, self.device.prompt_rows, now):
+            slot = heapq.heappop(self._free)
+            self._of[slot], self._slot_of[sentence] = sentence, slot
+            self._generating[slot], self._ordered[slot] = True, 0
+            self._due[slot] = self._first_piece(sentence)
+            retries = sentence.job.wish.retries
+            request = retry(sentence.request, sentence.attempt)
+            entries.append(Entry(slot, request, sentence.attempt < retries))
+        if entries:
+            self.device.admit(entries)
+
+    def _first_piece(self, sentence: Sentence) -> int:
+        wish = sentence.job.wish
+        if not wish.stream or wish.retries:
+            return int(NEVER)
+        return FIRST_STATES if sentence.index == sentence.job.next else LATER_STATES
+
+    def _look(self, report: Report, now: float) -> None:
+        """Find the slots that have ended and those that have a piece to give."""
+        ended = self._generating & (report.status != status_of.RUNNING)
+        due = self._generating & (report.counts >= self._due)
+        for slot in np.flatnonzero(ended | due).tolist():
+            sentence, count = self._of[slot], int(report.counts[slot])
+            assert sentence is not None
+            if ended[slot]:
+                self._end(slot, sentence, count, int(report.status[slot]), bool(report.stuck[slot]), now)
+            elif self._goes_on_as_heard(slot, sentence, count):
+                self._due[slot] = count + self._next_piece(slot, sentence, count, now)
+                sentence.heard_tokens = self.device.tokens(slot, count)
+                self._orders[slot] = sentence.job.audio_ends(), Order(slot, count, False, sentence.job.wish.pcm)
+
+    def _next_piece(self, slot: int, sentence: Sentence, count: int, now: float) -> int:
+        """Tokens until a stream's next piece: as many again, or so few that half of what there is to hear is left."""
+        given = (count - int(self._ordered[slot])) * TOKEN_S
+        if sentence.index != sentence.job.next or self._step_s <= 0:
+            return min(count, LONGEST_PIECE)
+        patience = (sentence.job.audio_ends() + given - now) / (2 * self._step_s)
+        return max(1, min(count, LONGEST_PIECE, int(patience)))
+
+    def _end(self, slot: int, sentence: Sentence, count: int, status: int, stuck: bool, now: float) -> None:
+        """A slot draws no more tokens."""
+        self._generating[slot], self._due[slot] = False, NEVER
+        wish = sentence.job.wish
+        if status == status_of.FAILED:
+            self._remove([slot])
+            self._scheduler.fault(self, sentence, DeviceError(NOT_FINITE))
+        elif stuck and sentence.attempt < wish.retries:
+            logger.warning("a sentence got stuck; trying again with another seed")
+            self._remove([slot])
+            self._scheduler.again(self, sentence)
+        elif self._goes_on_as_heard(slot, sentence, count):
+            _warn(status, stuck)
+            self._scheduler.made(sentence, count)
+            states = count - (status == status_of.STOP)
+            if states >= 2:
+                at = sentence.job.audio_ends() if wish.stream else now + PATIENCE_S
+                self._orders[slot] = at, Order(slot, states, True, wish.pcm)
+            else:
+                self._remove([slot])
+                self._scheduler.deliver(self, sentence, np.empty(0, np.float32), ends=True, now=now)
+
+    def _goes_on_as_heard(self, slot: int, sentence: Sentence, count: int) -> bool:
+        """Whether a sentence that was heard in part before a fault says the same again; else it fails.
+
+        State j follows from the tokens before j: the last of those that were drawn made no sound.
+        """
+        before = sentence.heard_tokens
+        if before is None or sentence.faults == 0:
+            return True
+        common = min(len(before) - 1, count)
+        if np.array_equal(self.device.tokens(slot, common), before[:common]):
+            return True
+        self._remove([slot])
+        why = "a device failed while a stream was heard, and the rest could not be made to fit; submit it again"
+        self._scheduler.fail(self, sentence, DeviceError(why))
+        return False
+
+    def _give_orders(self) -> None:
+        while self._orders and self.device.decode_room() > 0:
+            chosen = self._most_urgent()
+            for order in chosen:
+                del self._orders[order.slot]
+                self._ordered[order.slot] = order.states
+            self.device.decode(chosen)
+
+    def _most_urgent(self) -> list[Order]:
+        """As many orders as one call takes, those first that should be done first; at least one."""
+        chosen: list[Order] = []
+        room = self.device.decode_states
+        wanted: Iterable[tuple[float, Order]] = self._orders.values()
+        if sum(order.states + PIECE_COST for _, order in wanted) > room:
+            wanted = sorted(wanted)
+        for _, order in wanted:
+            room -= order.states - int(self._ordered[order.slot]) + PIECE_COST
+            if chosen and room < 0:
+                break
+            chosen.append(order)
+        return chosen
+
+    def _hear(self, audio: Audio, now: float) -> None:
+        sentence = self._of[audio.slot]
+        if sentence is None:
+            return
+        if audio.ends:
+            self._remove([audio.slot])
+        self._scheduler.deliver(self, sentence, audio.samples, ends=audio.ends, now=now)
+
+    def _remove(self, slots: Iterable[int]) -> None:
+        gone = list(slots)
+        for slot in gone:
+            sentence, self._of[slot] = self._of[slot], None
+            if sentence is not None:
+                del self._slot_of[sentence]
+            self._generating[slot], self._due[slot] = False, NEVER
+            self._orders.pop(slot, None)
+        if gone:
+            self.device.remove(gone)
+
+
+def _warn(status: int, stuck: bool) -> None:
+    if stuck:
+        logger.warning("a sentence got stuck repeating itself; retries=2 makes it again with another seed")
+    elif status == status_of.LENGTH:
+        logger.warning("a sentence reached the token limit before its end; it may be cut off or hallucinated")
