@@ -40,7 +40,8 @@ constexpr int PARTS = PRODUCTS * CHUNKS;  // a part: 16 features of CHUNK_ROWS r
 // Parts of the residual requested before the main loop, or else at its end, and how many at once: what registers allow.
 constexpr bool AHEAD_OF_PRODUCTS = PRODUCTS * ACCUMULATORS <= 64;
 constexpr bool WHOLE_AHEAD = AHEAD_OF_PRODUCTS && PRODUCTS == 1 && CONSUMERS < 3;
-constexpr int PARTS_AHEAD = WHOLE_AHEAD ? PARTS : CONSUMERS > 2 ? 1 : 2;
+constexpr int PARTS_AHEAD = WHOLE_AHEAD ? PARTS : !AHEAD_OF_PRODUCTS || CONSUMERS > 2 ? 1 : 2;
+constexpr int EIGHTS_AT_ONCE = AHEAD_OF_PRODUCTS || CHUNK_EIGHTS < 2 ? CHUNK_EIGHTS : 2;
 static_assert(4 * WARP_STAGING_BYTES <= STAGING_BYTES, "four warps share a staging area");
 
 struct FloatEnd {
@@ -102,32 +103,39 @@ struct FloatEnd {
                     store_shared<float>(write + (8 * j + v % 2) * STAGED_ROW_BYTES + v / 2 * 32,
                                         d[n][4 * (CHUNK_EIGHTS * chunk + j) + v]);
             __syncwarp();
-            // All rows of the part at every stage of the way, so that one's latency hides the others'.
-            float value[CHUNK_EIGHTS][4];
+            // EIGHTS_AT_ONCE rows of a lane at every stage of the way, so that one's latency hides the others'.
 #pragma unroll
-            for (int k = 0; k < CHUNK_EIGHTS; ++k) {
-                const float4 sums = load_shared<float4>(read + 8 * k * STAGED_ROW_BYTES);
-                const float factor = NORM ? load_shared<float>(factors + 4 * (chunk * CHUNK_ROWS + read_row + 8 * k)) : 1.0f;
-                const float4 before = NEEDS_RESIDUAL ? residual[part % PARTS_AHEAD][k] : make_float4(0, 0, 0, 0);
-                value[k][0] = fmaf(sums.x, factor, bias[n][0]) + before.x;
-                value[k][1] = fmaf(sums.y, factor, bias[n][1]) + before.y;
-                value[k][2] = fmaf(sums.z, factor, bias[n][2]) + before.z;
-                value[k][3] = fmaf(sums.w, factor, bias[n][3]) + before.w;
+            for (int first = 0; first < CHUNK_EIGHTS; first += EIGHTS_AT_ONCE) {
+                const int chunk_row = 8 * first + read_row;
+                float value[EIGHTS_AT_ONCE][4];
+#pragma unroll
+                for (int k = 0; k < EIGHTS_AT_ONCE; ++k) {
+                    const float4 sums = load_shared<float4>(read + 8 * (first + k) * STAGED_ROW_BYTES);
+                    const u32 of_row = factors + 4 * (chunk * CHUNK_ROWS + chunk_row + 8 * k);
+                    const float factor = NORM ? load_shared<float>(of_row) : 1.0f;
+                    const float4 before =
+                        NEEDS_RESIDUAL ? residual[part % PARTS_AHEAD][first + k] : make_float4(0, 0, 0, 0);
+                    value[k][0] = fmaf(sums.x, factor, bias[n][0]) + before.x;
+                    value[k][1] = fmaf(sums.y, factor, bias[n][1]) + before.y;
+                    value[k][2] = fmaf(sums.z, factor, bias[n][2]) + before.z;
+                    value[k][3] = fmaf(sums.w, factor, bias[n][3]) + before.w;
+                }
+                if (first + EIGHTS_AT_ONCE == CHUNK_EIGHTS && part + PARTS_AHEAD < PARTS)
+                    request(p, place, part + PARTS_AHEAD);
+                write_rows(p, opaque(place.row + chunk * CHUNK_ROWS + chunk_row),
+                           opaque(place.warp_feature + n * TILE_FEATURES + column), gain[n], value);
             }
-            if (part + PARTS_AHEAD < PARTS) request(p, place, part + PARTS_AHEAD);
-            write_rows(p, opaque(place.row + chunk * CHUNK_ROWS + read_row),
-                       opaque(place.warp_feature + n * TILE_FEATURES + column), gain[n], value);
         }
     }
 
     // Four features of the rows `first_row` + 8 k; the four lanes of a quad hold 16 neighbours.
     __device__ __forceinline__ void write_rows(const LinearParams& p, int first_row, int feature,
-                                               const float (&next_gain)[4], float (&value)[CHUNK_EIGHTS][4]) const {
+                                               const float (&next_gain)[4], float (&value)[EIGHTS_AT_ONCE][4]) const {
         const int left = feature >= p.features ? 0 : RAGGED ? p.features - feature : 4;
         if (END == END_RESIDUAL) {
-            float squares[CHUNK_EIGHTS];
+            float squares[EIGHTS_AT_ONCE];
 #pragma unroll
-            for (int k = 0; k < CHUNK_EIGHTS; ++k) {
+            for (int k = 0; k < EIGHTS_AT_ONCE; ++k) {
                 squares[k] = 0.0f;
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {  // what lies behind the features is not of this stream
@@ -136,16 +144,16 @@ struct FloatEnd {
                 }
             }
 #pragma unroll
-            for (int k = 0; k < CHUNK_EIGHTS; ++k) squares[k] += shuffle_xor(squares[k], 1);
+            for (int k = 0; k < EIGHTS_AT_ONCE; ++k) squares[k] += shuffle_xor(squares[k], 1);
 #pragma unroll
-            for (int k = 0; k < CHUNK_EIGHTS; ++k) squares[k] += shuffle_xor(squares[k], 2);
+            for (int k = 0; k < EIGHTS_AT_ONCE; ++k) squares[k] += shuffle_xor(squares[k], 2);
             const int tiles = (p.features + TILE_FEATURES - 1) / TILE_FEATURES;
             const long long first = first_row;
             float* sums = p.next_square_sums + first * tiles + feature / TILE_FEATURES;
             Element* out = static_cast<Element*>(p.output) + first * p.output_stride + feature;
             float* stream = p.residual + first * p.residual_stride + feature;
 #pragma unroll
-            for (int k = 0; k < CHUNK_EIGHTS; ++k) {
+            for (int k = 0; k < EIGHTS_AT_ONCE; ++k) {
                 if (left <= 0 || first_row + 8 * k >= p.rows) return;
                 if (threadIdx.x % 4 == 0) store_global<float>(sums, squares[k]);
                 float scaled[4];
@@ -161,7 +169,7 @@ struct FloatEnd {
             const int alignment = !RAGGED || p.output_stride % 4 == 0 ? 4 : p.output_stride % 2 == 0 ? 2 : 1;
             float* out = static_cast<float*>(p.output) + static_cast<long long>(first_row) * p.output_stride + feature;
 #pragma unroll
-            for (int k = 0; k < CHUNK_EIGHTS; ++k) {
+            for (int k = 0; k < EIGHTS_AT_ONCE; ++k) {
                 if (left <= 0 || first_row + 8 * k >= p.rows) return;
                 store_floats(out, value[k], left, alignment);
                 out += 8 * p.output_stride;

@@ -109,7 +109,6 @@ CANDIDATES = (
     Variant(2, 1, 2, 128, 6, 1, 224, 56),  # 128 x 128, two tiles
     Variant(2, 1, 1, 256, 4, 1, 224, 56),  # 64 x 256, two tiles
     Variant(1, 2, 1, 256, 4, 1, 224, 56),  # 128 x 256
-    Variant(1, 2, 2, 128, 4, 1, 224, 56),  # 256 x 128
     Variant(1, 3, 1, 192, 3, 1, 152, 56),  # 192 x 192
 )
 
@@ -148,7 +147,9 @@ def serves(variant: Variant, request: LinearRequest) -> bool:
     many, wide = variant.consumers > 2, variant.accumulators > 64
     if request.end == End.RESIDUAL and (many or wide or variant.products > 1):
         return False
-    if request.end == End.GELU and many and wide:
+    if request.end in (End.GELU, End.ADD) and many and wide:
+        return False
+    if request.end == End.ADD and variant.splits == 2 and variant.accumulators > 32:
         return False
     matrices_rows = {End.GELU: 16, End.SWIGLU: 32}.get(request.end, 8)  # that the end takes at a time
     return request.padded_depth // DEPTH_STEP >= variant.splits and variant.rows // variant.splits >= matrices_rows
