@@ -60,7 +60,7 @@ def test_everything_is_computed_once(shape: Shape) -> None:
 
 
 def test_tiles_of_a_cluster() -> None:
-    """Six heads on two key-value heads in three clusters of two: each gets its own queries and the key head they read."""
+    """Six heads on two key-value heads in two clusters: each gets its own queries and the key head they read."""
     shape = Shape(96, 6, 2, 32, 96, 64, 2, 3)
     assert [qkv_tile(shape, 1, t) for t in range(shape.qkv_tiles)] == [6, 7, 8, 9, 10, 11, 14, 15, 18, 19]
     assert [list(share(7, rank, 3)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
@@ -80,7 +80,8 @@ def test_streams(shape: Shape) -> None:
 
     plain = [
         {"qkv": matrix(q_size + 2 * kv_size, shape.hidden), "o": matrix(shape.hidden, q_size),
-         "gate_up": interleave_gate_up(matrix(f, shape.hidden), matrix(f, shape.hidden), np), "down": matrix(shape.hidden, f)}
+         "gate_up": interleave_gate_up(matrix(f, shape.hidden), matrix(f, shape.hidden), np),
+         "down": matrix(shape.hidden, f)}
         for _ in range(2)
     ]  # fmt: skip
     layers = [
