@@ -24,6 +24,7 @@ PAIR = Variant(groups=1, warpgroups=2, products=1, rows=128, stages=2)
 TURNS = Variant(groups=2, warpgroups=1, products=1, rows=96, stages=3)
 WIDE_TURNS = Variant(groups=2, warpgroups=1, products=2, rows=128, stages=4)
 SPLIT = Variant(groups=1, warpgroups=1, products=1, rows=64, stages=3, splits=4)
+SPLIT_8 = Variant(groups=1, warpgroups=1, products=1, rows=64, stages=2, splits=8)
 SPLIT_PAIR = Variant(groups=1, warpgroups=2, products=1, rows=64, stages=2, splits=2)
 ROWS_256 = Variant(groups=1, warpgroups=1, products=1, rows=256, stages=2)
 
@@ -43,6 +44,7 @@ CASES: list[tuple[LinearCase, Variant]] = [
     (LinearCase(End.SWIGLU, 135, 2 * 72, 200, norm=True), SPLIT_PAIR),
     (LinearCase(End.STORE, 140, 150, 130, dtype="float16", bias=True), SPLIT_PAIR),
     (LinearCase(End.ADD, 300, 140, 64, dtype="float16", bias=True, padding=4), TURNS),
+    (LinearCase(End.RESIDUAL, 70, 72, 600, norm=True), SPLIT_8),
 ]
 
 

@@ -61,12 +61,16 @@ class Variant:
         return (self.features + self.rows) * DEPTH_STEP * ELEMENT_BYTES
 
     @property
+    def landing_bytes(self) -> int:
+        """Sums that a block gets from the others of its cluster."""
+        return (self.splits - 1) * self.features * self.rows // self.splits * SUM_BYTES
+
+    @property
     def shared_bytes(self) -> int:
         """Room to align, the ring, the staging areas, other blocks' sums, the norm's factors, the barriers."""
         ring = self.stages * self.stage_bytes + self.consumers * STAGING_BYTES
-        landing = (self.splits - 1) * self.features * self.rows // self.splits * SUM_BYTES
         barriers = 8 * (2 * self.stages + 2 * FACTOR_SLOTS + 1)
-        return ALIGNMENT_BYTES + ring + landing + FACTOR_SLOTS * self.rows * SUM_BYTES + barriers
+        return ALIGNMENT_BYTES + ring + self.landing_bytes + FACTOR_SLOTS * self.rows * SUM_BYTES + barriers
 
     @property
     def accumulators(self) -> int:
@@ -110,6 +114,14 @@ CANDIDATES = (
     Variant(2, 1, 1, 256, 4, 1, 224, 56),  # 64 x 256, two tiles
     Variant(1, 2, 1, 256, 4, 1, 224, 56),  # 128 x 256
     Variant(1, 3, 1, 192, 3, 1, 152, 56),  # 192 x 192
+    # Long depths with few tiles: the larger the tile and the more blocks share its depth, the fewer bytes each of them
+    # fetches, and the more sums it sends.
+    Variant(1, 1, 1, 64, 5, 2, splits=8),  # 64 x 64
+    Variant(1, 2, 1, 64, 5, 1, splits=2),  # 128 x 64
+    Variant(1, 2, 1, 64, 5, 1, splits=4),
+    Variant(1, 2, 1, 128, 5, 1, 224, 56, splits=2),  # 128 x 128
+    Variant(1, 2, 1, 128, 4, 1, 224, 56, splits=4),
+    Variant(1, 2, 1, 128, 4, 1, 224, 56, splits=8),
 )
 
 # The estimate, in cycles of a multiprocessor.
@@ -118,7 +130,8 @@ SHARED_BYTES_A_CYCLE = 128.0  # read by products and written by copies
 LOADED_BYTES_A_CYCLE = 48.0  # from the L2 cache into shared memory
 START_CYCLES = 1800.0  # until the first product: barriers, the first copies
 TURN_CYCLES = 300.0  # between the tiles of a block
-MERGE_CYCLES = 1200.0  # two barriers of a cluster, and what is sent between them
+MERGE_CYCLES = 700.0  # until the last of a cluster's sums is there
+SENT_BYTES_A_CYCLE = 32.0  # between the blocks of a cluster
 CYCLES_A_MICROSECOND = 1600.0
 END_CYCLES = {End.STORE: 0.10, End.SWIGLU: 0.10, End.RESIDUAL: 0.20, End.GELU: 0.15, End.ADD: 0.15}  # of one element
 END_LATENCY_CYCLES = 800.0
@@ -175,7 +188,7 @@ def estimate(variant: Variant, request: LinearRequest) -> float:
     end = variant.features * variant.rows * END_CYCLES[request.end] / variant.splits + END_LATENCY_CYCLES
     hidden = variant.groups > 1 or sharing > 1
     body = turns * (max(main, end) if hidden else main + end) + (end if hidden else 0.0)
-    merge = MERGE_CYCLES if variant.splits > 1 else 0.0
+    merge = MERGE_CYCLES + sharing * variant.landing_bytes / SENT_BYTES_A_CYCLE if variant.splits > 1 else 0.0
     return (START_CYCLES + body + merge + (turns - 1) * TURN_CYCLES) / CYCLES_A_MICROSECOND
 
 
