@@ -7,7 +7,7 @@
 #include "matrix.h"
 
 #define MAX_MAGNITUDE 100.0f      /* the reference clips each bin's magnitude here */
-#define TILE_ROWS 48              /* rows of a product's tile: a multiple of every register block's */
+#define TILE_ROWS 96              /* rows of a product's tile: a multiple of every register block's */
 #define ATTENTION_SPLIT 128       /* keys of a split */
 #define ATTENTION_ROWS 24         /* query rows that are taken through a split together, and */
 #define ATTENTION_ROW_FLOATS 4096 /* at most this many floats of them */

@@ -40,81 +40,110 @@ void amx_release(void) { _tile_release(); }
 /* Tiles are cleared by loading zeros: TILEZERO waits, on some runs, until all products under way are done. */
 static const uint8_t ZEROS[PANEL_BYTES] __attribute__((aligned(64)));
 
-/* Tile numbers are part of the instructions: FOR_TILE(i, action) is action(i) for a constant i. */
-#define FOR_TILE(i, action)      \
-    do {                         \
-        if ((i) == 0) action(0); \
-        if ((i) == 1) action(1); \
-        if ((i) == 2) action(2); \
-        if ((i) == 3) action(3); \
-        if ((i) == 4) action(4); \
-        if ((i) == 5) action(5); \
-    } while (0)
+/* Ask for weights to come: a panel's share of a tile, far ahead while much is computed with each. */
+static inline __attribute__((always_inline)) void ask_ahead(const uint8_t *weights, const Matrix *m, int far) {
+    const char *ahead = (const char *)weights + (far ? FAR_AHEAD : TILES_AHEAD) * m->tile_bytes;
+    for (int i = 0; i < PANEL_BYTES; i += 64) {
+        if (far) _mm_prefetch(ahead + i, _MM_HINT_T1);
+        if (!far) _mm_prefetch(ahead + i, _MM_HINT_T0);
+    }
+}
 
-/* ---- bfloat16: sums in tiles 0 to 5, activations in 6, weights in 7 ---- */
+/* ---- bfloat16 ---- */
 
-/* out = `row_tiles` x 16 rows of bfloat16 times panels; the last row tile may be lower, as the tiles are shaped. */
-static inline __attribute__((always_inline)) void bfloat16_block(const int row_tiles, const int panels, const Matrix *m,
-                                                                 const uint8_t *weights, const Operand *x, int first,
-                                                                 float *out) {
+/* out = up to 16 rows, as the tiles are shaped, times 1 or 4 panels: sums in tiles 0 to 3, activations in 6, weights
+ * in 7. */
+static inline __attribute__((always_inline)) void bfloat16_row(const int panels, const Matrix *m,
+                                                               const uint8_t *weights, const Operand *x, int first,
+                                                               float *out) {
     const uint16_t *bits = x->bits + (size_t)first * x->stride;
-#define CLEAR(sums) _tile_loadd(sums, ZEROS, 64)
-    UNROLL for (int i = 0; i < row_tiles * panels; i++) FOR_TILE(i, CLEAR);
+    _tile_loadd(0, ZEROS, 64);
+    if (panels == PANELS) {
+        _tile_loadd(1, ZEROS, 64);
+        _tile_loadd(2, ZEROS, 64);
+        _tile_loadd(3, ZEROS, 64);
+    }
+#define MULTIPLY(p)                                  \
+    ask_ahead(weights + (p) * PANEL_BYTES, m, 0);    \
+    _tile_loadd(7, weights + (p) * PANEL_BYTES, 64); \
+    _tile_dpbf16ps(p, 6, 7)
     for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, bits += 2 * WORDS) {
-        UNROLL for (int p = 0; p < panels; p++) {
-            const char *ahead = (const char *)weights + (row_tiles > 1 ? FAR_AHEAD : TILES_AHEAD) * m->tile_bytes;
-            for (int i = p * PANEL_BYTES; i < (p + 1) * PANEL_BYTES; i += 64) {
-                if (row_tiles > 1) _mm_prefetch(ahead + i, _MM_HINT_T1);
-                if (row_tiles == 1) _mm_prefetch(ahead + i, _MM_HINT_T0);
-            }
-            _tile_loadd(7, weights + p * PANEL_BYTES, 64);
-            UNROLL for (int r = 0; r < row_tiles; r++) {
-                if (row_tiles > 1 || p == 0)
-                    _tile_loadd(6, bits + (size_t)r * HEIGHT * x->stride, x->stride * sizeof *bits);
-#define MULTIPLY(sums) _tile_dpbf16ps(sums, 6, 7)
-                FOR_TILE(r * panels + p, MULTIPLY);
-            }
+        _tile_loadd(6, bits, x->stride * sizeof *bits);
+        MULTIPLY(0);
+        if (panels == PANELS) {
+            MULTIPLY(1);
+            MULTIPLY(2);
+            MULTIPLY(3);
         }
     }
-#define STORE(sums) \
-    _tile_stored(sums, out + sums / panels * HEIGHT * BLOCK + sums % panels * PANEL, BLOCK * sizeof *out)
-    UNROLL for (int i = 0; i < row_tiles * panels; i++) FOR_TILE(i, STORE);
-}
-
-static void bfloat16_2x2(const Matrix *m, const uint8_t *weights, const Operand *x, int first, float *out) {
-    bfloat16_block(2, 2, m, weights, x, first, out);
-}
-
-static void bfloat16_3x2(const Matrix *m, const uint8_t *weights, const Operand *x, int first, float *out) {
-    bfloat16_block(3, 2, m, weights, x, first, out);
-}
-
-/* Pairs of panels times 2 or 3 row tiles, each weight loaded once for all of them. The last tile may reach beyond the
- * operand's rows: the memory is there, as bits take half of an operand's, and the results are dropped. */
-static void bfloat16_tall(int row_tiles, int panels, const Matrix *m, const uint8_t *weights, const Operand *x,
-                          int first, float *out) {
-    shape_tiles(0, 0);
-    for (int p = 0; p < panels; p += 2) {
-        (row_tiles == 3 ? bfloat16_3x2 : bfloat16_2x2)(m, weights + p * PANEL_BYTES, x, first, out + p * PANEL);
+    _tile_stored(0, out, BLOCK * sizeof *out);
+    if (panels == PANELS) {
+        _tile_stored(1, out + PANEL, BLOCK * sizeof *out);
+        _tile_stored(2, out + 2 * PANEL, BLOCK * sizeof *out);
+        _tile_stored(3, out + 3 * PANEL, BLOCK * sizeof *out);
     }
+}
+
+/* out = 32 rows times 2 panels: sums in tiles 0 to 3, activations in 4 and 5, weights in 6 and 7, each loaded once. */
+static inline __attribute__((always_inline)) void bfloat16_square(const int fresh, const Matrix *m,
+                                                                  const uint8_t *weights, const Operand *x, int first,
+                                                                  float *out) {
+    const uint16_t *upper = x->bits + (size_t)first * x->stride, *lower = upper + (size_t)HEIGHT * x->stride;
+    ptrdiff_t stride = x->stride * sizeof *upper;
+    float *out_lower = out + HEIGHT * BLOCK;
+    _tile_loadd(0, ZEROS, 64);
+    _tile_loadd(1, ZEROS, 64);
+    _tile_loadd(2, ZEROS, 64);
+    _tile_loadd(3, ZEROS, 64);
+    for (int t = 0; t < m->tiles; t++, weights += m->tile_bytes, upper += 2 * WORDS, lower += 2 * WORDS) {
+        _tile_loadd(4, upper, stride);
+        _tile_loadd(6, weights, 64);
+        if (fresh) ask_ahead(weights, m, 1);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, weights + PANEL_BYTES, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, lower, stride);
+        if (fresh) ask_ahead(weights + PANEL_BYTES, m, 1);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, out, BLOCK * sizeof *out);
+    _tile_stored(1, out + PANEL, BLOCK * sizeof *out);
+    _tile_stored(2, out_lower, BLOCK * sizeof *out);
+    _tile_stored(3, out_lower + PANEL, BLOCK * sizeof *out);
+}
+
+/* 32 rows at a time while more than 16 are left and panels come in pairs. The last of them may lie beyond the
+ * operand's: the memory is there, as bits take half of an operand's, and the results are dropped. Only the first rows
+ * bring weights into the cache. Returns how many rows are done. */
+static int bfloat16_squares(const Matrix *m, const uint8_t *weights, int panels, const Operand *x, int first, int rows,
+                            float *out) {
+    int r = 0;
+    if (rows <= HEIGHT || panels % 2) return 0;
+    shape_tiles(0, 0);
+    for (; rows - r > HEIGHT; r += 2 * HEIGHT) {
+        for (int p = 0; p < panels; p += 2) {
+            const uint8_t *pair = weights + p * PANEL_BYTES;
+            float *target = out + r * BLOCK + p * PANEL;
+            if (first + r == 0) bfloat16_square(1, m, pair, x, first + r, target);
+            if (first + r > 0) bfloat16_square(0, m, pair, x, first + r, target);
+        }
+    }
+    return r;
 }
 
 void multiply_bfloat16_amx(const Matrix *m, int block, int panel, int panels, const Operand *x, int first, int rows,
                            float *tile) {
     const uint8_t *weights = matrix_tile(m, block, 0) + panel * PANEL_BYTES;
     float *out = tile + panel * PANEL;
-    if (rows > HEIGHT && panels % 2 == 0) {
-        bfloat16_tall(ceil_div(rows, HEIGHT), panels, m, weights, x, first, out);
-        return;
-    }
-    for (int r = 0; r < rows; r += HEIGHT) {
+    for (int r = bfloat16_squares(m, weights, panels, x, first, rows, out); r < rows; r += HEIGHT) {
         shape_tiles(0x4f, rows - r < HEIGHT ? rows - r : HEIGHT);
         if (panels == PANELS) {
-            bfloat16_block(1, PANELS, m, weights, x, first + r, out + r * BLOCK);
+            bfloat16_row(PANELS, m, weights, x, first + r, out + r * BLOCK);
             continue;
         }
         for (int p = 0; p < panels; p++) {
-            bfloat16_block(1, 1, m, weights + p * PANEL_BYTES, x, first + r, out + r * BLOCK + p * PANEL);
+            bfloat16_row(1, m, weights + p * PANEL_BYTES, x, first + r, out + r * BLOCK + p * PANEL);
         }
     }
 }
