@@ -190,7 +190,7 @@ class Product:
         """0 while rows and columns that are not the product's keep their NaN, else inf."""
         import cupy as cp
 
-        rows, columns = self.case.rows, self.case.columns
+        rows, columns = self.case.rows, self.request().columns  # of gate and up those that fill their packed tiles
         parts = [self.output[rows:], self.output[:rows, columns:], self.residual[rows:],
                  self.residual[:rows, self.case.features :], self.next_sums[rows:]]  # fmt: skip
         kept = all(
