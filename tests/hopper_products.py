@@ -191,6 +191,8 @@ class Product:
         import cupy as cp
 
         rows, columns = self.case.rows, self.request().columns  # of gate and up those that fill their packed tiles
+        if self.case.end in (End.GELU, End.SWIGLU):  # 16 bytes at a time: what follows the last column may become 0
+            columns = padded(columns, 8)
         parts = [self.output[rows:], self.output[:rows, columns:], self.residual[rows:],
                  self.residual[:rows, self.case.features :], self.next_sums[rows:]]  # fmt: skip
         kept = all(

@@ -31,6 +31,8 @@ SPARE_ROWS = 3  # of every array, NaN and never touched
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
+LARGEST_FP16 = 65_504.0  # beyond it a result is infinite
+
 
 @dataclass(frozen=True)
 class Bounded:
@@ -207,7 +209,10 @@ def assert_as_expected(
     for name, bounded in expected.items():
         array = np.asarray(read(name)).astype(np.float64)
         columns = bounded.value.shape[1]
-        share = np.abs(array[rows, :columns] - bounded.value) / bounded.error
+        value, found = bounded.value, array[rows, :columns]
+        if name == "output" and case.dtype == "float16" and case.end not in (End.STORE, End.ADD):  # ends at 65,504
+            value, found = np.clip(value, -LARGEST_FP16, LARGEST_FP16), np.clip(found, -LARGEST_FP16, LARGEST_FP16)
+        share = np.abs(found - value) / bounded.error
         assert np.all(share <= 1), f"{name}: {np.nanmax(share):.3g} of the allowed error, {np.isnan(share).sum()} NaN"
         assert np.all(np.isnan(array[case.rows :])), f"{name}: rows that are not in use were written"
         assert np.all(np.isnan(array[:, columns:])), f"{name}: columns beyond the last were written"
