@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,9 +18,11 @@ from . import settings
 from .audio import check_writable, make_folder, write_wav
 from .checkpoint import resolve_model
 from .config import TOKEN_SAMPLES, ModelConfig, read_json
+from .crowd.job import Wish
+from .crowd.plan import CrowdPlan, open_crowd
 from .device import resolve_device
 from .engine import Engine, Timings
-from .errors import CheckpointError, ParameterError, TextError
+from .errors import CheckpointError, Closed, ParameterError, TextError
 from .generation import Request
 from .qwen3 import Qwen3
 from .sampling import SamplingParams
@@ -26,6 +30,10 @@ from .text import build_prompts
 from .text.sentences import MAX_LENGTH
 from .tokenizer import Tokenizer
 from .vocos import VocosDecoder
+
+if TYPE_CHECKING:
+    from .crowd.crowd import Crowd
+    from .crowd.speech import Speech
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +49,10 @@ class SopranoTTS:
     float32, bfloat16, float16, int8 or float64. Where an argument is left at auto (or None), the environment's
     SOPRANO_MODEL, SOPRANO_DEVICE, SOPRANO_ATTENTION and SOPRANO_DTYPE decide.
 
+    For `submit` alone: max_batch, sentences spoken at once on a device (by default 8 on the CPU, 256 on a GPU, at most
+    2,048); max_memory, bytes that their buffers may take of a GPU; max_queue, requests that may wait; devices, such as
+    ("cuda:0", "cuda:1"), all that share the work (by default `device` alone).
+
     `backend`, `cache_size_mb`, `decoder_batch_size` and `model_path` are accepted for programs written for the
     PyTorch package; only `model_path` has an effect: it is `model` by another name.
 
@@ -55,6 +67,10 @@ class SopranoTTS:
         attention: str = "auto",
         dtype: str = "auto",
         *,
+        max_batch: int | None = None,
+        max_memory: int | None = None,
+        max_queue: int = 1024,
+        devices: Sequence[str] | None = None,
         backend: str | None = None,
         cache_size_mb: int | None = None,
         decoder_batch_size: int | None = None,
@@ -75,7 +91,9 @@ class SopranoTTS:
         folder = self.model.folder
         self._tokenizer = Tokenizer.load(folder)
         kept_in = settings.dtype(dtype)
-        language_model, decoder = load_models(folder, self.device, kept_in, settings.attention(attention))
+        attending = settings.attention(attention)
+        self._crowd_plan = CrowdPlan(folder, kept_in, attending, max_batch, max_memory, max_queue, devices)
+        language_model, decoder = load_models(folder, self.device, kept_in, attending)
         self._tokenizer.check(language_model.config.vocab_size)
         if decoder.config.input_size != language_model.config.hidden_size:
             raise CheckpointError(
@@ -85,6 +103,8 @@ class SopranoTTS:
         self.engine = Engine(language_model.runner, decoder.runner)
         self._max_text_length = max_text_length(folder, language_model.config)
         self.timings = Timings()
+        self._crowd: Crowd | None = None
+        self._crowd_lock, self._closed = threading.Lock(), False
 
     def infer(
         self,
@@ -160,6 +180,55 @@ class SopranoTTS:
         timings = Timings(text_s=time.perf_counter() - begin)
         return self._stream(requests, int(chunk_size) * TOKEN_SAMPLES, _check_retries(retries), timings, begin)
 
+    def submit(
+        self,
+        text: str,
+        *,
+        stream: bool = False,
+        dtype: Any = np.float32,
+        deadline_s: float | None = None,
+        temperature: float = 0.0,
+        top_p: float = 0.95,
+        repetition_penalty: float = 1.2,
+        retries: int = 0,
+        seed: int | None = None,
+    ) -> Speech:
+        """Speak a text together with all others that are submitted; returns at once.
+
+        The `Speech` is a future (`result`, `cancel`, `add_done_callback`, `await`) and an iterator (`for`, `async for`)
+        of chunks: with `stream` pieces as early as they can be heard, else whole sentences. Any number of threads and
+        event loops may submit. dtype: float32, or int16 for what stands in a WAV file. deadline_s: seconds after which
+        it fails with `DeadlineExceeded` unless it is done. Raises what `infer` raises; `Busy` where `max_queue`
+        requests wait already; `Closed`; `DeviceError` where no device works any more.
+        """
+        params = SamplingParams(temperature, top_p, repetition_penalty, seed=seed).seeded()
+        wish = Wish(bool(stream), _is_pcm(dtype), _check_retries(retries), _check_deadline(deadline_s))
+        return self._opened().submit(self._requests(text, params), wish)
+
+    def close(self, drain_s: float = 0.0) -> None:
+        """Stop what was submitted, after waiting up to `drain_s` seconds for it; nothing can be submitted any more."""
+        with self._crowd_lock:
+            self._closed = True
+            crowd = self._crowd
+        if crowd is not None:
+            crowd.close(drain_s)
+
+    def __enter__(self) -> SopranoTTS:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _opened(self) -> Crowd:
+        """What speaks submitted texts; its threads live until `close`, or until nobody has this object any more."""
+        with self._crowd_lock:
+            if self._closed:
+                raise Closed("the voice has been closed; make another one")
+            if self._crowd is None:
+                self._crowd = open_crowd(self._crowd_plan, self.engine, self._max_text_length)
+                weakref.finalize(self, self._crowd.close)
+            return self._crowd
+
     def _stream(
         self, requests: list[Request], chunk_samples: int, retries: int, timings: Timings, begin: float
     ) -> Iterator[np.ndarray]:
@@ -222,6 +291,24 @@ def max_text_length(folder: Path, config: ModelConfig) -> int:
             f"{path}: max_text_length = {wanted!r} must be a whole number from {MIN_TEXT_LENGTH} to {MAX_LENGTH}"
         )
     return max(MIN_TEXT_LENGTH, min(wanted, config.max_positions // 2))
+
+
+def _is_pcm(dtype: Any) -> bool:
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        name = ""
+    if name not in ("float32", "int16"):
+        raise ParameterError(f"dtype = {dtype!r} of samples is not available; use float32 or int16")
+    return bool(name == "int16")
+
+
+def _check_deadline(seconds: Any) -> float | None:
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float, np.floating, np.integer)) or not seconds > 0:
+        raise ParameterError(f"deadline_s = {seconds!r} must be a number of seconds above 0")
+    return float(seconds)
 
 
 def _check_retries(retries: Any) -> int:

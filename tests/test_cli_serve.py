@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import threading
+import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 from command_line import run
 
-from soprano_cupy import SopranoTTS
+from soprano_cupy import Busy, SopranoTTS
 from soprano_cupy.audio import to_pcm16, wav_bytes
 from soprano_cupy.cli import speech_api
 from soprano_cupy.testing import make_checkpoint
@@ -35,8 +36,9 @@ def voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tts(voice: Path) -> SopranoTTS:
-    return SopranoTTS(voice, device="cpu")
+def tts(voice: Path) -> Iterator[SopranoTTS]:
+    with SopranoTTS(voice, device="cpu") as tts:
+        yield tts
 
 
 @pytest.fixture
@@ -213,32 +215,41 @@ def test_too_large_a_body(client: Client) -> None:
     assert str(speech_api.MAX_BODY_BYTES) in json.loads(data)["error"]["message"]
 
 
-def test_requests_at_once_are_spoken_one_after_the_other(
-    server: speech_api.SpeechServer, tts: SopranoTTS, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    speaking = threading.Semaphore(1)
-    original = SopranoTTS.infer
+def test_requests_at_once_share_the_voice(server: speech_api.SpeechServer, tts: SopranoTTS) -> None:
+    """While a long text is spoken, short ones come and go; each is what it is alone."""
+    book = " ".join([TEXT] * 30)
+    answers: dict[str, bytes] = {}
+    order: list[str] = []
 
-    def infer(self: SopranoTTS, *arguments: Any, **options: Any) -> np.ndarray:
-        assert speaking.acquire(blocking=False), "two requests at once"
-        try:
-            return original(self, *arguments, **options)
-        finally:
-            speaking.release()
+    def ask(text: str) -> None:
+        answers[text] = once(server, "POST", SPEECH, {"input": text, "response_format": "pcm"})[2]
+        order.append(text)
 
-    monkeypatch.setattr(SopranoTTS, "infer", infer)
-    answers: list[bytes] = []
-
-    def ask() -> None:
-        answers.append(once(server, "POST", SPEECH, {"input": TEXT})[2])
-
-    threads = [threading.Thread(target=ask) for _ in range(6)]
-    for thread in threads:
+    texts = [book, *(f"Number {i}." for i in range(6))]
+    threads = [threading.Thread(target=ask, args=(text,)) for text in texts]
+    threads[0].start()
+    while tts._crowd is None or not tts._crowd.scheduler.unfinished:
+        time.sleep(0.001)
+    for thread in threads[1:]:
         thread.start()
     for thread in threads:
         thread.join()
-    monkeypatch.undo()
-    assert answers == [wav_bytes(tts.infer(TEXT))] * 6
+    assert order[-1] == book
+    for text in texts:
+        expected, found = to_pcm16(tts.infer(text)), np.frombuffer(answers[text], "<i2")
+        assert found.shape == expected.shape
+        assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def test_a_full_queue_of_the_voice(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: Any, **__: Any) -> None:
+        raise Busy("too much is waiting; try again later")
+
+    monkeypatch.setattr(SopranoTTS, "submit", busy)
+    for stream in (False, True):
+        status, headers, data = client.speak(input=TEXT, stream=stream)
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert b"try again later" in data
 
 
 def test_too_many_requests(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,26 +259,38 @@ def test_too_many_requests(client: Client, monkeypatch: pytest.MonkeyPatch) -> N
     assert json.loads(data)["error"]["type"] == "server_error"
 
 
+class Told:
+    """What `submit` gives, with chunks that are told beforehand."""
+
+    def __init__(self, chunks: Iterator[np.ndarray]) -> None:
+        self.chunks, self.left = chunks, threading.Event()
+
+    def __enter__(self) -> Told:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.left.set()
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self.chunks
+
+    def result(self) -> np.ndarray:
+        return np.concatenate(list(self.chunks))
+
+
 def test_a_client_that_leaves_frees_the_voice(
     server: speech_api.SpeechServer, tts: SopranoTTS, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stream without an end goes on only as long as somebody listens."""
-    ended = threading.Event()
-
-    def endless(*_: Any, **__: Any) -> Iterator[np.ndarray]:
-        try:
-            while True:
-                yield np.zeros(32000, np.float32)
-        finally:
-            ended.set()
-
-    monkeypatch.setattr(SopranoTTS, "infer_stream", endless)
+    speech = Told(np.zeros(32000, np.float32) for _ in iter(int, 1))
+    monkeypatch.setattr(SopranoTTS, "submit", lambda *_, **__: speech)
     body = json.dumps({"input": TEXT, "stream": True}).encode()
     head = f"POST {SPEECH} HTTP/1.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as connection:
         connection.sendall(head.encode() + body)
         assert connection.recv(1000)
-    assert ended.wait(30)
+    assert speech.left.wait(30)
+    monkeypatch.undo()
     assert once(server, "POST", SPEECH, {"input": TEXT})[2] == wav_bytes(tts.infer(TEXT))
 
 
@@ -275,12 +298,11 @@ def test_a_client_that_leaves_frees_the_voice(
 def test_a_fault_of_the_server_is_a_500_without_details(
     client: Client, monkeypatch: pytest.MonkeyPatch, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def broken(*_: Any, **__: Any) -> Iterator[np.ndarray]:
+    def broken() -> Iterator[np.ndarray]:
         raise RuntimeError("secret")
         yield
 
-    monkeypatch.setattr(SopranoTTS, "infer", lambda *_, **__: next(broken()))
-    monkeypatch.setattr(SopranoTTS, "infer_stream", broken)
+    monkeypatch.setattr(SopranoTTS, "submit", lambda *_, **__: Told(broken()))
     status, _, data = client.speak(input=TEXT, stream=stream)
     assert status == 500
     assert b"secret" not in data
@@ -290,11 +312,11 @@ def test_a_fault_of_the_server_is_a_500_without_details(
 def test_a_stream_that_breaks_is_cut_off(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client sees that the end is missing."""
 
-    def broken(*_: Any, **__: Any) -> Iterator[np.ndarray]:
+    def broken() -> Iterator[np.ndarray]:
         yield np.zeros(2048, np.float32)
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(SopranoTTS, "infer_stream", broken)
+    monkeypatch.setattr(SopranoTTS, "submit", lambda *_, **__: Told(broken()))
     with pytest.raises(http.client.IncompleteRead):
         client.speak(input=TEXT, stream=True)
 

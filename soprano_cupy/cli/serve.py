@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
         server.server_close()
         if not server.drain(DRAIN_SECONDS):
             say("a request was cut off")
+        tts.close()
     return 0
 
 

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -22,13 +22,13 @@ from typing import Any
 from .. import __version__
 from ..audio import encode, wav_bytes, wav_header
 from ..config import SAMPLE_RATE_HZ
-from ..errors import ParameterError, SopranoError, TextError
+from ..errors import Busy, ParameterError, SopranoError, TextError
 from ..pipeline import SopranoTTS
 
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 20
-MAX_REQUESTS = 64  # being answered or waiting for the voice; further ones are sent away
+MAX_REQUESTS = 256  # being answered or waiting for the voice; further ones are sent away
 SOCKET_SECONDS = 30.0  # how long a client may keep silent or not listen
 LINGER_SECONDS = 1.0
 SAMPLING = ("temperature", "top_p", "repetition_penalty", "retries", "seed")
@@ -81,7 +81,7 @@ class SpeechRequest:
 
 
 class SpeechServer(ThreadingHTTPServer):
-    """One thread a connection; one voice, which speaks for one request at a time."""
+    """One thread a connection; one voice, which speaks for all requests side by side."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -89,7 +89,6 @@ class SpeechServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, tts: SopranoTTS) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self.tts = tts
-        self.voice = threading.Lock()
         self.stopping = False
         self._answering = 0
         self._changed = threading.Condition()
@@ -162,15 +161,15 @@ class Handler(BaseHTTPRequestHandler):
             if request.stream:
                 self._stream(request)
             else:
-                with self.server.voice:
-                    samples = self.server.tts.infer(request.text, **request.sampling)
+                with self.server.tts.submit(request.text, **request.sampling) as speech:
+                    samples = speech.result()
                 data = wav_bytes(samples) if request.format == "wav" else encode(samples)
                 self._send(200, CONTENT_TYPES[request.format], data)
 
     def _stream(self, request: SpeechRequest) -> None:
         """Send chunks as they are made. The first is awaited, so that most errors still have their status."""
-        chunks: Any = self.server.tts.infer_stream(request.text, **request.sampling)
-        with self.server.voice, closing(chunks):
+        with self.server.tts.submit(request.text, stream=True, **request.sampling) as speech:
+            chunks = iter(speech)
             first = next(chunks, None)
             self._begin_stream(CONTENT_TYPES[request.format])
             if request.format == "wav":
@@ -225,6 +224,8 @@ class Handler(BaseHTTPRequestHandler):
             status, param = error.status, error.param
         elif isinstance(error, (ParameterError, TextError)):
             status = 400
+        elif isinstance(error, Busy):
+            status = 503
         elif not isinstance(error, SopranoError):
             logger.error("%s: %s", type(error).__name__, error, exc_info=error)
             message = "internal error; the server's log tells more"

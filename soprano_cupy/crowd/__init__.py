@@ -5,4 +5,5 @@ futures that hand out the sound as it is made.
     fair_queue.py whose turn it is               scheduler.py   queue, deadlines, cancellation, delivery in order
     device.py     what a device must offer       driver.py      one device's slots, turn by turn
     crowd.py      threads, rebuilding, closing   runner_device.py, ../gpu/crowd_device.py   devices
+    plan.py       which devices, and what runs on each
 """

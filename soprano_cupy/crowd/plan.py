@@ -1,0 +1,79 @@
+"""From a checkpoint and what was asked for to a crowd: which devices, and what runs on each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..device import resolve_device
+from ..engine import Engine
+from ..errors import ParameterError
+from ..qwen3 import Qwen3
+from ..vocos import VocosDecoder
+from .crowd import Crowd, Maker
+from .device import Device
+from .runner_device import RunnerDevice
+
+MOST_BATCH = 2048  # sentences at once on one device
+SPARE_TOKENS = 16  # of a prompt beside its characters: the marks around them
+
+
+@dataclass(frozen=True)
+class CrowdPlan:
+    """What was asked for; `ParameterError` where it is no sense. The fields are `SopranoTTS`'s."""
+
+    folder: Path
+    dtype: str
+    attention: str
+    max_batch: int | None
+    max_memory: int | None
+    max_queue: int
+    devices: Sequence[str] | None
+
+    def __post_init__(self) -> None:
+        _whole("max_batch", self.max_batch, MOST_BATCH)
+        _whole("max_memory", self.max_memory, 1 << 62)
+        _whole("max_queue", self.max_queue, 1 << 31)
+        if self.devices is not None and (isinstance(self.devices, str) or not self.devices):
+            raise ParameterError(f"devices = {self.devices!r} must be a list such as ['cuda:0', 'cuda:1']")
+
+
+def open_crowd(plan: CrowdPlan, engine: Engine, max_text_length: int) -> Crowd:
+    """A crowd on the engine's device, or on all of `plan.devices`, for texts cut to so many characters."""
+    names = [engine.language_model.device]
+    if plan.devices is not None:
+        names = [resolve_device(name)[0] for name in plan.devices]
+        if len(set(names)) < len(names):
+            raise ParameterError(f"devices = {list(plan.devices)!r} names the same device twice")
+
+    def maker(name: str) -> Maker:
+        loaded: list[Engine] = [engine] if name == engine.language_model.device else []
+
+        def make() -> Device:
+            if not loaded:
+                loaded.append(_load(plan, name))
+            return make_device(loaded[0], plan, max_text_length + SPARE_TOKENS)
+
+        return make
+
+    return Crowd([maker(name) for name in names], max_queue=plan.max_queue)
+
+
+def make_device(engine: Engine, plan: CrowdPlan, most_prompt: int) -> Device:
+    """The device that goes with an engine's runners."""
+    return RunnerDevice(
+        engine.language_model, engine.decoder, plan.max_batch or engine.language_model.batch, most_prompt
+    )
+
+
+def _load(plan: CrowdPlan, device: str) -> Engine:
+    """A further device's own runners."""
+    language_model = Qwen3.load(plan.folder, device, plan.dtype, plan.attention)
+    return Engine(language_model.runner, VocosDecoder.load(plan.folder, device, plan.dtype).runner)
+
+
+def _whole(name: str, value: Any, most: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+        raise ParameterError(f"{name} = {value!r} must be a whole number from 1 to {most}")
