@@ -54,9 +54,16 @@ test-gpu: $(VENV)/gpu
 SANITIZED = test_ragged_batches or test_slices_of_a_real_cache or test_decode_lengths and (65 or 511) and (1- or 15) \
 	or test_lengths_on_and_off_the_tiles and (63 or 129 or 40) or test_types_and_heads and float32 and 64
 
+SANITIZED_ENGINE = test_odd_sizes or test_steps_are_those_of_the_package or test_attention_is_accurate \
+	or test_the_planned_kernel and (-1] or -17] or -65]) or test_matches_float64 and (GELU and 300 or RESIDUAL and 333) \
+	or test_whole_voices and -8] or test_streams and -3] or test_forward_against or test_rounds_and_results
+
 sanitize-gpu: $(VENV)/gpu
 	@set -e; for tool in memcheck racecheck initcheck; do SOPRANO_SANITIZE=1 compute-sanitizer --tool $$tool \
-		--error-exitcode 1 $(BIN)/python -m pytest -q -m gpu tests/test_attention_gpu.py -k "$(SANITIZED)"; done
+		--error-exitcode 1 $(BIN)/python -m pytest -q -m gpu tests/test_attention_gpu.py -k "$(SANITIZED)"; \
+		SOPRANO_SANITIZE=1 compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/python -m pytest -q -m gpu \
+		tests/test_step_gpu.py tests/test_linear_gpu.py tests/test_linear_hopper_gpu.py tests/test_vocos_gpu.py \
+		tests/test_gpu_engine.py -k "$(SANITIZED_ENGINE)"; done
 
 bench-gpu: $(VENV)/gpu
 	@set -e; for program in $(BENCHMARKS); do $(BIN)/python $$program; done

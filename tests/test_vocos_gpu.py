@@ -160,12 +160,12 @@ def test_streams_side_by_side(published: Any) -> None:
         np.testing.assert_array_equal(np.concatenate([*got, stream.finish()]), expected)
 
 
-def test_the_first_samples_come_after_four_states(published: Any) -> None:
-    """Eight blocks and the transform look ten frames ahead; 1,536 samples are final then, and 2,048 with each more."""
+def test_the_first_samples_come_with_the_fifth_state(published: Any) -> None:
+    """Eight blocks and the transform look ten frames ahead: a token's samples, and 1,536 more; then a token's each."""
     decoder, _ = published
     (states,) = states_of(decoder, 7)
     stream = decoder.stream()
-    assert [len(stream.push(s[None])) for s in states] == [0, 0, 0, 1536, 2048, 2048, 2048]
+    assert [len(stream.push(s[None])) for s in states] == [0, 0, 0, 0, 3584, 2048, 2048]
 
 
 def test_states_of_any_float_dtype(published: Any, cp: Any) -> None:
