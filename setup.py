@@ -9,6 +9,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 KERNEL_FILES = {".cu", ".cuh", ".cubin", ".json"}  # .json: which NVRTC built the binaries
+NOT_SHIPPED = {"emulation", "experiments"}
 
 
 class BuildWithKernels(build_py):
@@ -19,7 +20,7 @@ class BuildWithKernels(build_py):
         if self.editable_mode:  # a checkout finds kernels/ beside the package
             return
         for source in sorted((ROOT / "kernels").rglob("*")):
-            if source.suffix in KERNEL_FILES and "emulation" not in source.parts:
+            if source.suffix in KERNEL_FILES and not NOT_SHIPPED.intersection(source.parts):
                 target = Path(self.build_lib) / "soprano_cupy" / source.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.copy_file(str(source), str(target))
