@@ -51,20 +51,17 @@ struct Producer {
                       (schedule.first_step + step) * DEPTH_STEP, row);
     }
     // Weights of the first tile for as many stages as there are.
-    __device__ __forceinline__ void begin() const {
-        if (schedule.tile(0) >= schedule.tiles) return;
+    __device__ __forceinline__ void begin(int packed_tile) const {
         const bool elected = elect_one();
-        const int packed_tile = opaque(schedule.first_feature(schedule.tile(0)) / TILE_FEATURES);
 #pragma unroll 1
         for (int step = 0; step < min(STAGES, schedule.steps); ++step) {
             if (elected) load_weights(step, packed_tile, step);
         }
     }
-    // Everything else, once the input is there.
-    __device__ __forceinline__ void run() const {
-        if (schedule.tile(0) >= schedule.tiles) return;
+    // Everything else, once the input is there. first_row: of the first tile.
+    __device__ __forceinline__ void run(int first_row) const {
         const bool elected = elect_one();
-        const int begun = min(STAGES, schedule.steps), first_row = opaque(schedule.first_row(schedule.tile(0)));
+        const int begun = min(STAGES, schedule.steps);
 #pragma unroll 1
         for (int step = 0; step < begun; ++step) {
             if (elected) load_input(step, first_row, step);
@@ -308,9 +305,11 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
         }
         mbarrier_init_fence();
     }
+    const bool at_work = schedule.tile(0) < schedule.tiles;
+    const int first_row = opaque(schedule.first_row(schedule.tile(0)));
     if (threadIdx.x < 32) {
         __syncwarp();
-        producer.begin();
+        if (at_work) producer.begin(opaque(schedule.first_feature(schedule.tile(0)) / TILE_FEATURES));
     }
     __syncthreads();  // the barriers are ready
     if (SPLITS > 1) cluster_arrive();
@@ -322,7 +321,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     if (warpgroup == 0) {
         if constexpr (PRODUCER_REGISTERS > 0) registers_release<PRODUCER_REGISTERS>();
         grid_dependency_wait();
-        if (threadIdx.x < 32) producer.run();
+        if (threadIdx.x < 32 && at_work) producer.run(first_row);
         if (p.square_sums && threadIdx.x >= 32) measure_rows(p, smem, schedule);
     } else {
         if constexpr (CONSUMER_REGISTERS > 0) registers_claim<CONSUMER_REGISTERS>();

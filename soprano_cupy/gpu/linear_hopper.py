@@ -189,7 +189,8 @@ def estimate(variant: Variant, request: LinearRequest) -> float:
     hidden = variant.groups > 1 or sharing > 1
     body = turns * (max(main, end) if hidden else main + end) + (end if hidden else 0.0)
     merge = MERGE_CYCLES + sharing * variant.landing_bytes / SENT_BYTES_A_CYCLE if variant.splits > 1 else 0.0
-    return (START_CYCLES + body + merge + (turns - 1) * TURN_CYCLES) / CYCLES_A_MICROSECOND
+    again = TURN_CYCLES if variant.splits == 1 else START_CYCLES  # a cluster ends behind its tile, and another starts
+    return (START_CYCLES + body + merge + (turns - 1) * again) / CYCLES_A_MICROSECOND
 
 
 def choose(request: LinearRequest) -> Variant:

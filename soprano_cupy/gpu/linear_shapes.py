@@ -236,8 +236,8 @@ def tiles_of(problem: Problem) -> Iterator[TilesShape]:
 #
 #     768 x 512          256                    3.62    3.96    4.07
 #     512 x 512          256                    2.93    3.62    4.64
-#     512 x 2304         128    6.08 (4 x 1)                    13.1
-#     512 x 2304         256                    10.1            13.7
+#     512 x 2304         128    6.08 (4 x 1)                    6.3 (clusters of four)
+#     512 x 2304         256                    10.1            6.9
 #
 # and of many features, 4608 x 512: 4.67 for 128 rows where the tile takes 5.46 for 64.
 MEASURED_ROWS, MOST_MEASURED_ROWS = 64, 256
@@ -250,7 +250,8 @@ def measured_shape(problem: Problem) -> Shape | None:
     """The shape that the table above says is best for so few rows; None where it says nothing."""
     rows, tiles, long = problem.rows, problem.feature_tiles, problem.depth > LONG_DEPTH
     if rows > MEASURED_ROWS:
-        if rows > MOST_MEASURED_ROWS or tiles > SOME_TILES:
+        clusters = long and problem.capability == WGMMA_CAPABILITY  # linear_hopper.cu divides the depth over them
+        if rows > MOST_MEASURED_ROWS or tiles > SOME_TILES or clusters:
             return None
         columns, feature_tiles = (
             (4, 1) if long and rows <= 2 * MEASURED_ROWS else (2, 2 if long or tiles > FEW_TILES else 4)
