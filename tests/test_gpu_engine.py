@@ -109,6 +109,17 @@ def test_greedy_generation_follows_the_oracle(
     check_choices(model, folder, oracle, ids, out, penalty)
 
 
+@pytest.mark.parametrize("name", ["golden/mqa", "golden/gqa", "voice"])
+def test_other_shapes_follow_the_oracle(shared_dir: Path, name: str) -> None:
+    """The reference checkpoints: other heads, tied embeddings, a voice that was trained."""
+    folder = shared_dir / name
+    model, oracle = Qwen3.load(folder, "cuda", "bfloat16"), load_language_model(folder, "portable", "float64")
+    expected = np.load(folder / "expected.npz")
+    for i in range(2):
+        out = model.generate(expected[f"ids{i}"], max_new_tokens=32)
+        check_choices(model, folder, oracle, expected[f"ids{i}"], out, 1.2)
+
+
 @pytest.mark.parametrize("count", [2, 3, 9, 33])
 def test_batches_follow_the_oracle(model: Qwen3, folder: Path, oracle: Qwen3, count: int) -> None:
     prompts = prompts_of(model, [1 + (7 * i) % 50 for i in range(count)])

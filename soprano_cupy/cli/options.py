@@ -129,6 +129,9 @@ def describe(tts: SopranoTTS, load_s: float) -> None:
     say(f"device     {tts.device}: {tts.device_reason}")
     say(f"attention  {runner.attention}, weights {runner.dtype}: {runner.reason}")
     say(f"decoder    weights {tts.engine.decoder.dtype}: {tts.engine.decoder.reason}")
+    if tts.device != "cpu" and hasattr(runner, "nbytes"):
+        planned = runner.nbytes + getattr(tts.engine.decoder, "nbytes", 0)
+        say(f"memory     {planned / 1e6:.0f} MB planned on the GPU, beside CUDA's own")
 
 
 def fetch_if_missing(name: str) -> None:

@@ -75,6 +75,14 @@ class Batch:
             "%d voices of up to %d tokens planned on the GPU: %.0f MB", sizes.slots, sizes.capacity, self.nbytes / 1e6
         )
 
+    def prepare(self) -> None:
+        """Build what the first call for one voice needs; `DeviceError` when a kernel does not compile or load."""
+        for rows in PROMPT_CLASSES[:-1]:
+            if rows < prompt_capacity(self.sizes):
+                self._prompt_program(rows, 1, 0)
+        self._tail(1)
+        self._graph(1).upload(self.stream.ptr)
+
     # -- a call ---------------------------------------------------------------------------------------------------
 
     def begin(self, requests: Sequence[Request], *, give_up: bool) -> None:

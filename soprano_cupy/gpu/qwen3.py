@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import TensorFile
-from ..config import ModelConfig
+from ..config import MAX_NEW_TOKENS, ModelConfig
 from ..cuda.module import device_facts
 from ..device import cuda_index
 from ..errors import DeviceError, ParameterError
@@ -86,13 +86,20 @@ class GpuLanguageModel(LanguageModelRunner):
         with self._on_device:
             self._weights = Weights(file, config, dtype)
             self._forward = Forward(config, self._weights, dtype, self._facts)
-        self._idle: list[Batch] = []
+            first = Batch(self._forward, BatchSizes(1, min(CAPACITY_STEP, config.max_positions), MAX_NEW_TOKENS))
+            first.prepare()  # a kernel that does not compile is known now, while there is another way
+        self._idle: list[Batch] = [first]
         self._lock = threading.Lock()
 
     @property
     def weight_bytes(self) -> int:
         """GPU memory of the weights."""
         return self._weights.nbytes
+
+    @property
+    def nbytes(self) -> int:
+        """GPU memory planned so far: weights, and the batches that wait for calls."""
+        return self.weight_bytes + sum(batch.nbytes for batch in self._idle)
 
     def begin(self, requests: Sequence[Request], *, give_up: bool = False) -> GpuRounds:
         longest = max(len(r.ids) for r in requests)
