@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,29 @@ def distance(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(got - expected).max() / np.sqrt((expected**2).mean()))
 
 
-def run_candidate(candidate: Candidate, seconds: float) -> dict[str, Any]:
-    """Check and time one candidate; in a process of its own."""
+POINTS = (
+    "layer begins", "hidden here", "QKV product", "block", "sent", "QKV here", "attention", "block", "sent", "shares here",
+    "merged", "O product", "block", "sum over clusters", "sent", "hidden here", "gate and up", "block and norm", "sent",
+    "gated here", "down product", "block", "sum over clusters", "sent",
+)  # fmt: skip
+
+
+def show_profile(run: Callable[[int], float], words: Any, blocks: int) -> list[tuple[str, float, float]]:
+    """Cycles between the points of a layer: mean and largest over blocks and runs."""
+    rows = []
+    for _ in range(20):
+        run(5)
+        marks = words.view(np.uint32)[2 << 19 :][: blocks * 32].get().reshape(blocks, 32)[:, : len(POINTS)]
+        rows.append(np.diff(marks.astype(np.int64), axis=1))
+    cycles = np.concatenate(rows) & 0xFFFFFFFF
+    return [
+        (name, float(np.median(cycles[:, i])), float(np.quantile(cycles[:, i], 0.95)))
+        for i, name in enumerate(POINTS[1:])
+    ]
+
+
+def run_candidate(candidate: Candidate, seconds: float, profile: bool = False) -> dict[str, Any]:
+    """Check and time one candidate, or profile it; in a process of its own."""
     import cupy
 
     from soprano_cupy.cuda.module import device_facts
@@ -111,7 +133,7 @@ def run_candidate(candidate: Candidate, seconds: float) -> dict[str, Any]:
     shared_bytes = s.shared_bytes(ring_slots)
     defines = (
         *s.defines(ring_slots), ("DTYPE_BF16", 1), ("TRANSPORT", candidate.transport),
-        ("WORD_BYTES", candidate.word_bytes), ("KEYS_AHEAD", candidate.keys_ahead),
+        ("WORD_BYTES", candidate.word_bytes), ("KEYS_AHEAD", candidate.keys_ahead), *((("PROFILE", 1),) if profile else ()),
     )  # fmt: skip
     model = Model.random(s, LAYERS, CONTEXT)
     expected = {depth: model.reference(s, POSITION, depth) for depth in TOLERANCES}
@@ -178,6 +200,8 @@ def run_candidate(candidate: Candidate, seconds: float) -> dict[str, Any]:
         bits = [run(3) and output.get().tobytes() for _ in range(20)]
         if len(set(bits)) != 1:
             return {"name": candidate.name, "wrong": "not the same bits in every run"}
+        if profile:
+            return {"name": candidate.name, "profile": show_profile(run, words, s.blocks)}
         run(40)
         begun, samples = time.perf_counter(), []
         while len(samples) < 20 or (time.perf_counter() - begun < seconds and len(samples) < 200):
@@ -309,6 +333,17 @@ def show(name: str, result: dict[str, Any], predicted: float) -> None:
     sys.stdout.flush()
 
 
+def profiles(match: str) -> None:
+    """Where the cycles of a layer go, of the candidates that match."""
+    for index, candidate in enumerate(CANDIDATES):
+        if match not in candidate.name or candidate.transport:
+            continue
+        result = in_process("profile", index, 1.0)
+        sys.stdout.write(f"{candidate.name}: {result if 'profile' not in result else ''}\n")
+        for name, median, high in result.get("profile", []):
+            sys.stdout.write(f"    {name:20s} {median:7.0f} cycles (95% {high:.0f})\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="layers,words")
@@ -321,8 +356,8 @@ def main() -> None:
         what, index = arguments.one[0], int(arguments.one[1])
         try:
             result = (
-                run_candidate(CANDIDATES[index], arguments.seconds)
-                if what == "layers"
+                run_candidate(CANDIDATES[index], arguments.seconds, what == "profile")
+                if what in ("layers", "profile")
                 else run_words(WORD_CASES[index], arguments.seconds)
             )
         except Exception as error:
@@ -332,6 +367,9 @@ def main() -> None:
         return
     rows, checks = [], 0
     for what in arguments.only.split(","):
+        if what == "profile":
+            profiles(arguments.match)
+            continue
         cases: tuple[Any, ...] = CANDIDATES if what == "layers" else tuple(WORD_CASES)
         for index, case in enumerate(cases):
             name = (

@@ -33,7 +33,7 @@ DEVICE void generate(const PersistentParams& p, Worker& worker, Voice& voice, co
         }
         ++worker.position;
     }
-    if (threadIdx.x == 0) store_release(worker.base + STOP_AT, 1u);
+    if (threadIdx.x == 0) store_flag_shared(worker.base + STOP_AT, 1u);
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)

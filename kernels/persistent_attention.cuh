@@ -142,12 +142,14 @@ struct Share {
 
 // Where a rank stands in the attention of its cluster.
 struct Place {
-    int head, kv, part, dims;  // of the cluster's heads and of its key-value heads; share of the keys, share of the dimensions
+    int head, kv, voice;  // of the cluster's heads, of its key-value heads, of the voices
+    int part, dims;       // share of the keys, share of the dimensions
 
     DEVICE explicit Place(int rank)
         : head(rank / RANKS_OF_HEAD),
           kv(LOCAL_HEADS < GROUP ? 0 : rank / RANKS_OF_HEAD / GROUP),
-          part(rank % RANKS_OF_HEAD / DIM_PARTS),
+          voice(rank % RANKS_OF_HEAD / RANKS_OF_VOICE),
+          part(rank % RANKS_OF_VOICE / DIM_PARTS),
           dims(rank % DIM_PARTS) {}
 };
 

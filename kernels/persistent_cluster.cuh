@@ -12,6 +12,7 @@ struct Exchange {
     unsigned base;
     Watch watch;
     unsigned parities = 0;  // bit e: the parity of exchange e's next phase
+    bool alive = true;      // no wait has been given up: after one, phases mean nothing
 
     // All threads of the block, before the cluster's barrier.
     DEVICE void begin() {
@@ -35,9 +36,9 @@ struct Exchange {
     // All of an exchange is here. Every warp that computes calls this once for each use, whether it reads or not.
     DEVICE void await(int exchange) {
         const unsigned barrier = base + exchange_barrier(exchange), parity = parities >> exchange & 1u;
-        const bool here = spin_until(watch, 16 + exchange, [=] { return barrier_done(barrier, parity); });
+        alive = spin_until(watch, 16 + exchange, [=] { return barrier_done(barrier, parity); }) && alive;
         parities ^= 1u << exchange;
-        if (threadIdx.x == 0 && here) barrier_expect(barrier, exchange_bytes(exchange));
+        if (threadIdx.x == 0 && alive) barrier_expect(barrier, exchange_bytes(exchange));
     }
     DEVICE unsigned at(int exchange) const { return base + exchange_at(exchange); }
 };

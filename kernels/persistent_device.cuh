@@ -5,6 +5,8 @@
 
 #include "device.cuh"
 
+#define DEVICE_CALL __device__ __noinline__  // a function of its own: its registers are not the caller's
+
 typedef unsigned long long Word;  // a float in the lower half, the number of its exchange in the upper
 
 // ---- barriers in shared memory: a phase ends when its arrivals and its announced bytes are in ----
@@ -28,12 +30,13 @@ DEVICE void barrier_expect(unsigned barrier, unsigned bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Whether the phase of this parity has ended; may take a moment. A fresh barrier has ended parity 1.
+// Whether the phase of this parity has ended; may take a moment. A fresh barrier has ended parity 1. The bytes that the
+// phase counted are seen by whoever sees its end; a wider scope than the block's own would empty the first-level cache.
 DEVICE bool barrier_done(unsigned barrier, unsigned parity) {
     unsigned done;
     asm volatile(
         "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}\n"
         : "=r"(done)
         : "r"(barrier), "r"(parity)
@@ -107,7 +110,18 @@ template <> DEVICE void store_shared<unsigned short>(unsigned address, unsigned 
     asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(v) : "memory");
 }
 
-// A counter in shared memory that another warp of the block watches: what this thread read before, it has read.
+// A word in shared memory that other warps of the block watch. Accesses of one warp to shared memory happen in their order,
+// so what the warp has read from there before it stores the word, it has read. (A release would wait for all loads.)
+DEVICE void store_flag_shared(unsigned address, unsigned value) {
+    asm volatile("st.relaxed.cta.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+DEVICE unsigned load_flag_shared(unsigned address) {
+    unsigned value;
+    asm volatile("ld.relaxed.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+    return value;
+}
+
+// The same, ordering all that was written before it.
 DEVICE void store_release(unsigned address, unsigned value) {
     asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

@@ -5,6 +5,7 @@
 #include "persistent_layer.cuh"
 #include "sample_slot.cuh"
 
+static_assert(VOICES == 1, "one voice so far");
 static_assert(HELD && THREADS == TEAM, "the vocabulary fits shared memory, and the threads that compute search it");
 
 // What generating one sequence needs besides its layers.
@@ -104,13 +105,13 @@ struct Voice {
                 worker.ring, part.count(), exchange.at(EX_HIDDEN), (part.begin - mine.begin) * TILE);
         }
         exchange.await(EX_SUMS);
-        const float factor = norm_factor(exchange.at(EX_SUMS), p.layer.epsilon);
+        const float factor = norm_factor(exchange.at(EX_SUMS), 0, p.layer.epsilon);
         worker.sync();
         unsigned best = 0u, best_id = 0xffffffffu;
         for (int row = threadIdx.x; row < (HEAD_ROWS + 31) / 32 * 32; row += TEAM) {  // ids ascend
             const int id = mine.begin * TILE + row;
             if (row >= mine.count() * TILE || id >= VOCAB) continue;
-            float value = row_sum(worker.base, row) * factor;
+            float value = row_sum(worker.base, 0, row) * factor;
             if (load_shared<unsigned>(seen_word(row)) >> row % 32 & 1u) value = value > 0.0f ? value / penalty : value * penalty;
             if (!greedy) store_word(p.layer.words + SCORE_WORDS + id, make_word(float_to_bits(value), number));
             const unsigned order = order_of(value);

@@ -4,15 +4,23 @@
 
 #include "persistent_attention.cuh"
 
+// -D PROFILE: the clock of each block's first thread at these points of its last layer, behind the words of the launch.
+#if defined(PROFILE)
+constexpr int PROFILE_AT = 1 << 19, MARKS = 32;
+#define MARK(point) mark(point)
+#else
+#define MARK(point)
+#endif
+
 // What does not change during a launch.
 struct LayerParams {
     const void* stream;   // weights of block b from b * stream_bytes on, in the order of use
     const float* gains;   // (layers + 1, 2, HIDDEN): input norm and post-attention norm of each layer; the final norm
     const float* head_gains;  // (layers, 2, HEAD_DIM): queries, keys
     const float2* rope;       // (positions, HEAD_DIM / 2): cosine, sine
-    void* keys;               // (layers, ..., capacity, KV_HEADS, HEAD_DIM) Element, at the slot
-    void* values;
-    Word* words;      // (2, CLUSTERS, HIDDEN) zeroed before the launch: partial sums on their way to the other clusters
+    void* keys[VOICES];       // (layers, ..., capacity, KV_HEADS, HEAD_DIM) Element, at each voice's slot
+    void* values[VOICES];
+    Word* words;      // (2, CLUSTERS, VOICES, HIDDEN) zeroed before the launch: partial sums on their way to the other clusters
     unsigned* error;  // zeroed before the launch
     long long stream_bytes;
     long long layer_elements;  // from one layer's keys to the next's
@@ -31,7 +39,7 @@ struct Worker {
     Ring ring;
     Exchange exchange;
     float residual = 0.0f;  // of this lane's row, in the warps that finish the residual stream
-    int position = 0;       // of the new token
+    int position = 0;       // of the new token of the voice for which this rank attends
     float2 angle = {0.0f, 0.0f};  // of this thread's pair at the next position, in the last threads
     unsigned number = 0;    // of layers so far in the launch, from 1
 
@@ -41,13 +49,23 @@ struct Worker {
           ring{shared, watch, {}}, exchange{shared, watch} {}
 
     DEVICE void sync() const { sync_named(1, TEAM); }
+#if defined(PROFILE)
+    DEVICE void mark(int point) const {
+        if (threadIdx.x == 0)
+            reinterpret_cast<unsigned*>(p.words + PROFILE_AT)[blockIdx.x * MARKS + point] = static_cast<unsigned>(clock64());
+    }
+#endif
 
-    // ---- the residual stream: warps 0, 1, ... own 32 rows of this rank each ----
+    // ---- the residual stream: each of the first warps owns 32 rows of this rank, of one voice ----
 
     static constexpr int OWN_TILES = most_of_rank(HIDDEN_TILES);
-    DEVICE bool owns() const { return warp_index() * 2 < hidden.count(); }
-    DEVICE int own_row() const { return warp_index() * 32 + lane_index(); }  // of this rank
-    DEVICE bool owns_row() const { return own_row() < hidden.count() * TILE; }
+    static constexpr int OWN_PAIRS = (OWN_TILES + 1) / 2;  // of tiles
+    static_assert(OWN_PAIRS * VOICES <= TEAM_WARPS, "a warp for each pair of tiles and voice");
+    DEVICE int own_voice() const { return warp_index() / OWN_PAIRS; }
+    DEVICE int own_pair_of_tiles() const { return warp_index() % OWN_PAIRS; }
+    DEVICE bool owns() const { return own_voice() < VOICES && own_pair_of_tiles() * 2 < hidden.count(); }
+    DEVICE int own_row() const { return own_pair_of_tiles() * 32 + lane_index(); }  // of this rank
+    DEVICE bool owns_row() const { return own_voice() < VOICES && own_row() < hidden.count() * TILE; }
     DEVICE int row() const { return hidden.begin * TILE + own_row(); }  // of the model
     DEVICE const float* gain(int norm) const { return p.gains + norm * HIDDEN + row(); }
 
@@ -60,11 +78,12 @@ struct Worker {
         uint4 v;
         v.x = shuffle(word, unit * 4), v.y = shuffle(word, unit * 4 + 1);
         v.z = shuffle(word, unit * 4 + 2), v.w = shuffle(word, unit * 4 + 3);
-        const int tiles = min(hidden.count() - warp_index() * 2, 2), first = hidden.begin + warp_index() * 2;
+        const int pair = own_pair_of_tiles();
+        const int tiles = min(hidden.count() - pair * 2, 2), first = hidden.begin + pair * 2;
         if (unit < tiles * 2) {
 #pragma unroll
             for (int to = lane / 4; to < RECEIVERS; to += 8)
-                exchange.send(exchange_of_rows, first * 32 + unit * 16, to, v);
+                exchange.send(exchange_of_rows, own_voice() * HIDDEN_STRIDE + first * 32 + unit * 16, to, v);
         }
         float square = owns_row() ? residual * residual : 0.0f;
 #pragma unroll
@@ -73,19 +92,20 @@ struct Worker {
         if (tile < tiles) {
 #pragma unroll
             for (int to = lane % 16; to < RECEIVERS; to += 16)
-                exchange.send(exchange_of_sums, (first + tile) * 4, to, square);
+                exchange.send(exchange_of_sums, own_voice() * SUMS_STRIDE + (first + tile) * 4, to, square);
         }
     }
 
     // Adds a product's rows, summed over the clusters in their order, to the residual stream.
     DEVICE void add_to_residual(int which) {
-        const float mine = owns_row() ? row_sum(base, own_row()) : 0.0f;
+        const float mine = owns_row() ? row_sum(base, own_voice(), own_row()) : 0.0f;
         if constexpr (CLUSTERS == 1) {
             residual += mine;
             return;
         }
-        Word* words = p.words + which * CLUSTERS * HIDDEN + row();
-        if (owns_row()) store_word(words + cluster * HIDDEN, make_word(float_to_bits(mine), number));
+        constexpr int OF_CLUSTER = VOICES * HIDDEN;
+        Word* words = p.words + which * CLUSTERS * OF_CLUSTER + own_voice() * HIDDEN + row();
+        if (owns_row()) store_word(words + cluster * OF_CLUSTER, make_word(float_to_bits(mine), number));
         Word heard[CLUSTERS];
         const unsigned expected = number;
         spin_until(ring.watch, 8 + which, [&] {
@@ -93,7 +113,7 @@ struct Worker {
 #pragma unroll
             for (int c = 0; c < CLUSTERS; ++c) {
                 if (c == cluster || !owns_row()) continue;
-                heard[c] = load_word(words + c * HIDDEN);
+                heard[c] = load_word(words + c * OF_CLUSTER);
                 all = all && word_number(heard[c]) == expected;
             }
             return all;
@@ -105,6 +125,12 @@ struct Worker {
     }
 
     // ---- the stages ----
+
+    // A layer's keys or values of this rank's head at the first position, from dimension `dim` on.
+    DEVICE Element* cache(void* const* all, int layer, int dim) const {
+        const int head = LOCAL_HEADS < GROUP ? cluster * LOCAL_HEADS / GROUP : cluster * LOCAL_KV + place.kv;
+        return static_cast<Element*>(all[place.voice]) + layer * p.layer_elements + head * HEAD_DIM + dim;
+    }
 
     // The angles of a position, on their way: by the last threads, which own no rows.
     DEVICE int own_pair() const { return static_cast<int>(threadIdx.x) - (TEAM - HEAD_DIM / 2); }
@@ -132,29 +158,46 @@ struct Worker {
     }
 
     // Queries, keys and values of the cluster's heads.
-    DEVICE void project_qkv() {
+    DEVICE void project_qkv(int layer, Keys& keys) {
+        MARK(0);
         exchange.await(EX_HIDDEN);
+        MARK(1);
         multiply<most_of_rank(QKV_TILES), HIDDEN_STEPS>(ring, qkv.count(), exchange.at(EX_HIDDEN), 0);
+        MARK(2);
+        keys.begin(cache(p.keys, layer, 0), cache(p.values, layer, place.dims * OUT_DIMS), place.part, position);
         exchange.await(EX_SUMS);
-        const float factor = norm_factor(exchange.at(EX_SUMS), p.epsilon);
+        // Four warps, or as many as it takes, send one voice's rows to all ranks.
+        constexpr int SENDERS = RECEIVERS > 4 ? (RECEIVERS + 3) / 4 : 1, TOGETHER = TEAM_WARPS / SENDERS;
+        const int first_voice = warp_index() / SENDERS, to = warp_index() % SENDERS * 4 + lane_index() / 8;
+        float factors[(VOICES + TOGETHER - 1) / TOGETHER];
+#pragma unroll
+        for (int i = 0; i < (VOICES + TOGETHER - 1) / TOGETHER; ++i)
+            factors[i] = norm_factor(exchange.at(EX_SUMS), min(first_voice + i * TOGETHER, VOICES - 1), p.epsilon);
         copy_async_wait<0>();
         sync();
+        MARK(3);
 #pragma unroll
-        for (int first = 0; first < most_of_rank(QKV_TILES) * 4; first += 8) {
-            const int unit = first + lane_index() % 8, to = warp_index() * 4 + lane_index() / 8;
-            if (unit >= qkv.count() * 4 || to >= RECEIVERS) continue;
-            float4 v = row_sums(base, unit * 4);
-            v.x *= factor, v.y *= factor, v.z *= factor, v.w *= factor;
-            const uint4 bits = make_uint4(float_to_bits(v.x), float_to_bits(v.y), float_to_bits(v.z),
-                                          float_to_bits(v.w));
-            exchange.send(EX_QKV, qkv.begin * TILE * 4 + unit * 16, to, bits);
+        for (int i = 0; i < (VOICES + TOGETHER - 1) / TOGETHER; ++i) {
+            const int voice = first_voice + i * TOGETHER;
+#pragma unroll
+            for (int first = 0; first < most_of_rank(QKV_TILES) * 4; first += 8) {
+                const int unit = first + lane_index() % 8;
+                if (unit >= qkv.count() * 4 || to >= RECEIVERS || voice >= VOICES) continue;
+                float4 v = row_sums(base, voice, unit * 4);
+                v.x *= factors[i], v.y *= factors[i], v.z *= factors[i], v.w *= factors[i];
+                const uint4 bits =
+                    make_uint4(float_to_bits(v.x), float_to_bits(v.y), float_to_bits(v.z), float_to_bits(v.w));
+                exchange.send(EX_QKV, (voice * QKV_ROWS + qkv.begin * TILE) * 4 + unit * 16, to, bits);
+            }
         }
     }
 
     // This rank's share of the attention: its keys, its dimensions of the values.
     DEVICE void attend(int layer, const Keys& keys) {
+        MARK(4);
         exchange.await(EX_QKV);
-        const unsigned raw = exchange.at(EX_QKV);
+        MARK(5);
+        const unsigned raw = exchange.at(EX_QKV) + place.voice * QKV_ROWS * 4;
         HeadLanes query;
         query.load(raw + place.head * HEAD_DIM * 4);
         query.finish(base + GAINS_AT, base + ANGLES_AT, p.epsilon, 1.44269504f / sqrtf(static_cast<float>(HEAD_DIM)));
@@ -167,15 +210,18 @@ struct Worker {
 #pragma unroll
         for (int i = 0; i < LAST_DIMS; ++i) store_shared<float>(at + (Share::first_dim() + i) * 4, share.values[i]);
         if (lane_index() == 0) store_shared<float2>(at + OUT_DIMS * 4, make_float2(share.maximum, share.sum));
+        MARK(6);
         sync();
+        MARK(7);
         send_share();
+        MARK(8);
     }
 
     // The new token's own key and value, from the exchange; they are also stored for the tokens to come.
     DEVICE void attend_newest(int layer, const HeadLanes& query, Share& share) {
         const int lane = lane_index();
         HeadLanes key;
-        key.load(exchange.at(EX_QKV) + (Q_ROWS + place.kv * HEAD_DIM) * 4);
+        key.load(exchange.at(EX_QKV) + (place.voice * QKV_ROWS + Q_ROWS + place.kv * HEAD_DIM) * 4);
         key.finish(base + GAINS_AT + HEAD_DIM * 4, base + ANGLES_AT, p.epsilon, 1.0f);
         KeyValue pair;
 #pragma unroll
@@ -183,7 +229,8 @@ struct Worker {
             pair.low.words[i / 2] = pack2(key.low[i], key.low[i + 1]);
             pair.high.words[i / 2] = pack2(key.high[i], key.high[i + 1]);
         }
-        const unsigned raw = exchange.at(EX_QKV) + (Q_ROWS + KV_ROWS + place.kv * HEAD_DIM) * 4;
+        const unsigned raw =
+            exchange.at(EX_QKV) + (place.voice * QKV_ROWS + Q_ROWS + KV_ROWS + place.kv * HEAD_DIM) * 4;
         const int first = place.dims * OUT_DIMS + lane % 8 * VALUE_DIMS;
 #pragma unroll
         for (int i = 0; i < VALUE_DIMS; i += 2) {
@@ -193,12 +240,11 @@ struct Worker {
         const float score = pair.score(query);
         if (position / PARTS % GROUPS % 4 != lane / 8) return;
         share.add(score, pair.value);
-        const int head = LOCAL_HEADS < GROUP ? cluster * LOCAL_HEADS / GROUP : cluster * LOCAL_KV + place.kv;
-        const long long at = layer * p.layer_elements + static_cast<long long>(position) * Keys::TOKEN + head * HEAD_DIM;
-        Element* keys = static_cast<Element*>(p.keys) + at;
+        Element* keys = cache(p.keys, layer, 0) + static_cast<long long>(position) * Keys::TOKEN;
+        Element* values = cache(p.values, layer, first) + static_cast<long long>(position) * Keys::TOKEN;
         pair.low.store(keys + lane % 8 * HALF_LANE);
         pair.high.store(keys + HEAD_DIM / 2 + lane % 8 * HALF_LANE);
-        pair.value.store(static_cast<Element*>(p.values) + at + first);
+        pair.value.store(values);
     }
 
     // Adds the warps' shares and sends the sum to the cluster: each thread four dimensions.
@@ -236,14 +282,16 @@ struct Worker {
             exchange.send(EX_ATTENDED, to_share + OUT_DIMS * 4, to, state);
     }
 
-    // The shares of a head together: this warp's part of the attended vector, which is what its products need.
+    // The shares of a head together: this warp's part of the attended vectors, which is what its products need.
     DEVICE void merge_shares() const {
         const int begin = ATTENDED_STEPS * warp_index() / TEAM_WARPS * TILE;
-        const int end = ATTENDED_STEPS * (warp_index() + 1) / TEAM_WARPS * TILE;
+        const int count = ATTENDED_STEPS * (warp_index() + 1) / TEAM_WARPS * TILE - begin;
 #pragma unroll 1
-        for (int dim = begin + lane_index(); dim < end; dim += 32) {
+        for (int item = lane_index(); item < count * VOICES; item += 32) {
+            const int voice = item / count, dim = begin + item % count;
             const int head = dim / HEAD_DIM, dims = dim % HEAD_DIM / OUT_DIMS;
-            const unsigned at = exchange.at(EX_ATTENDED) + (head * RANKS_OF_HEAD + dims) * OUT_STRIDE * 4;
+            const int first = head * RANKS_OF_HEAD + voice * RANKS_OF_VOICE + dims;
+            const unsigned at = exchange.at(EX_ATTENDED) + first * OUT_STRIDE * 4;
             float2 states[PARTS];
             float values[PARTS], largest = NO_SCORE;
 #pragma unroll
@@ -260,7 +308,7 @@ struct Worker {
                 sum += weight * states[i].y;
                 value += weight * values[i];
             }
-            store_shared<Element>(base + ATTENDED_AT + dim * 2, from_float(value / sum));
+            store_shared<Element>(base + ATTENDED_AT + voice * ATTENDED_STRIDE + dim * 2, from_float(value / sum));
         }
         sync_warp();
     }
@@ -269,48 +317,67 @@ struct Worker {
     DEVICE void project_attended(int norm) {
         const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
         exchange.await(EX_ATTENDED);
+        MARK(9);
         merge_shares();
+        MARK(10);
         multiply<OWN_TILES, ATTENDED_STEPS>(ring, hidden.count(), base + ATTENDED_AT, 0);
+        MARK(11);
         sync();
+        MARK(12);
         if (!owns()) return;
         add_to_residual(0);
+        MARK(13);
         publish_residual(EX_AFTER, EX_SUMS_AFTER, next_gain);
+        MARK(14);
     }
 
     // Gate and up, and their product of SiLU: 8 channels of each tile.
     DEVICE void gate_and_up() {
         exchange.await(EX_AFTER);
+        MARK(15);
 #pragma unroll
         for (int pass = 0; pass < GATED_PASSES; ++pass) {
             const Tiles tiles = tiles_of_pass<GATED_PASSES>(gated, pass);
             multiply<(GATED_MOST + GATED_PASSES - 1) / GATED_PASSES, HIDDEN_STEPS>(
                 ring, tiles.count(), exchange.at(EX_AFTER), (tiles.begin - gated.begin) * TILE);
         }
+        MARK(16);
         exchange.await(EX_SUMS_AFTER);
-        const float factor = norm_factor(exchange.at(EX_SUMS_AFTER), p.epsilon);
+        // Warps take turns at the tiles of all voices, and stay with a voice where their number divides.
+        const int units = gated.count() * VOICES;
+        float factor = norm_factor(exchange.at(EX_SUMS_AFTER), warp_index() % VOICES, p.epsilon);
         sync();
+        MARK(17);
 #pragma unroll 1
-        for (int tile = warp_index(); tile < gated.count(); tile += TEAM_WARPS) {
-            const int lane = lane_index();
-            const float gate = row_sum(base, tile * TILE + lane % 8) * factor;
-            const float up = row_sum(base, tile * TILE + 8 + lane % 8) * factor;
+        for (int i = warp_index(); i < units; i += TEAM_WARPS) {
+            const int lane = lane_index(), tile = i / VOICES, voice = i % VOICES;
+            if (TEAM_WARPS % VOICES != 0) factor = norm_factor(exchange.at(EX_SUMS_AFTER), voice, p.epsilon);
+            const float gate = row_sum(base, voice, tile * TILE + lane % 8) * factor;
+            const float up = row_sum(base, voice, tile * TILE + 8 + lane % 8) * factor;
             const float value = gate / (1.0f + exp2_fast(gate * -1.44269504f)) * up;
             const unsigned word = pack2(shuffle(value, lane * 2 % 8), shuffle(value, (lane * 2 + 1) % 8));
             uint4 v;
             v.x = shuffle(word, 0), v.y = shuffle(word, 1), v.z = shuffle(word, 2), v.w = shuffle(word, 3);
 #pragma unroll
-            for (int to = lane; to < RECEIVERS; to += 32) exchange.send(EX_GATED, (gated.begin + tile) * 16, to, v);
+            for (int to = lane; to < RECEIVERS; to += 32)
+                exchange.send(EX_GATED, voice * GATED_STRIDE + (gated.begin + tile) * 16, to, v);
         }
     }
 
     DEVICE void project_gated(int norm) {
         const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
+        MARK(18);
         exchange.await(EX_GATED);
+        MARK(19);
         multiply<OWN_TILES, GATED_STEPS>(ring, hidden.count(), exchange.at(EX_GATED), 0);
+        MARK(20);
         sync();
+        MARK(21);
         if (!owns()) return;
         add_to_residual(1);
+        MARK(22);
         publish_residual(EX_HIDDEN, EX_SUMS, next_gain);
+        MARK(23);
     }
 
     // What follows from a few numbers is computed again in each layer: registers are for weights and keys.
@@ -326,12 +393,8 @@ struct Worker {
         ++number;
         forget_addresses();
         fetch_gains(index);
-        const int head = LOCAL_HEADS < GROUP ? cluster * LOCAL_HEADS / GROUP : cluster * LOCAL_KV + place.kv;
-        const long long at = index * p.layer_elements + head * HEAD_DIM;
         Keys keys;
-        keys.begin(static_cast<const Element*>(p.keys) + at,
-                   static_cast<const Element*>(p.values) + at + place.dims * OUT_DIMS, place.part, position);
-        project_qkv();
+        project_qkv(index, keys);
         attend(index, keys);
         project_attended(index * 2 + 1);
         gate_and_up();

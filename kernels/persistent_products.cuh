@@ -4,17 +4,23 @@
 
 #include "persistent_stream.cuh"
 
-constexpr int LOADS = 20;  // blocks that a warp has in flight
+constexpr int LOADS = 10;  // blocks that a warp has in flight; eight warps then cover the latency of shared memory
 
-// Partial sums of `tiles` tiles over DEPTH k-steps of the vector (Element, in shared memory) into PARTIAL_AT, from row
-// `first_row` on. TILES: the most that a rank has. There are no branches inside: a rank that has fewer tiles multiplies its
+DEVICE unsigned partial_row(unsigned base, int warp, int voice, int row) {
+    return base + PARTIAL_AT + ((warp * VOICES + voice) * MOST_TILES * TILE + row) * 4;
+}
+
+// Partial sums of `tiles` tiles over DEPTH k-steps of the voices' vectors (Element, in shared memory) into PARTIAL_AT, from
+// row `first_row` on. TILES: the most that a rank has. There are no branches inside: a rank that has fewer tiles multiplies its
 // last one again, a warp that has fewer steps multiplies its last one by zeros.
-template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsigned vector, int first_row) {
+template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsigned vectors, int first_row) {
     constexpr int MOST = (DEPTH + TEAM_WARPS - 1) / TEAM_WARPS;
     constexpr int BATCHES = (MOST * TILES + LOADS - 1) / LOADS;
     constexpr int BATCH = (MOST + BATCHES - 1) / BATCHES;
     const int warp = warp_index(), lane = lane_index();
     const int begin = DEPTH * warp / TEAM_WARPS, end = DEPTH * (warp + 1) / TEAM_WARPS;
+    // Columns beyond the voices repeat them; nobody reads those.
+    const unsigned vector = vectors + lane / 4 % VOICES * vector_stride(DEPTH * TILE);
     if (tiles > 0) {
         ring.await(begin * tiles, end * tiles);
         float sums[TILES][4] = {};
@@ -42,14 +48,19 @@ template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsi
                 }
             }
         }
-        // Column 0 of the result: rows g and g + 8 in the lanes whose t is 0.
-        const unsigned at = ring.base + PARTIAL_AT + (warp * MOST_TILES * TILE + first_row + lane / 4) * 4;
-        if (lane % 4 == 0) {
+        // Columns 2 t and 2 t + 1 of the result: rows g and g + 8.
+        const int voice = lane % 4 * 2;
+        const unsigned at = partial_row(ring.base, warp, voice, first_row + lane / 4);
 #pragma unroll
-            for (int t = 0; t < TILES; ++t) {
-                if (t >= tiles) break;
+        for (int t = 0; t < TILES; ++t) {
+            if (t >= tiles) break;
+            if (voice < VOICES) {
                 store_shared<float>(at + t * TILE * 4, sums[t][0]);
                 store_shared<float>(at + (t * TILE + 8) * 4, sums[t][2]);
+            }
+            if (voice + 1 < VOICES) {
+                store_shared<float>(at + (MOST_TILES * TILE + t * TILE) * 4, sums[t][1]);
+                store_shared<float>(at + (MOST_TILES * TILE + t * TILE + 8) * 4, sums[t][3]);
             }
         }
     }
@@ -57,26 +68,33 @@ template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsi
 }
 
 // One row of the product, or four neighbouring rows: the warps' partial sums in their order.
-DEVICE float row_sum(unsigned base, int row) {
+DEVICE float row_sum(unsigned base, int voice, int row) {
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < TEAM_WARPS; ++w) sum += load_shared<float>(base + PARTIAL_AT + (w * MOST_TILES * TILE + row) * 4);
+    for (int w = 0; w < TEAM_WARPS; ++w) sum += load_shared<float>(partial_row(base, w, voice, row));
     return sum;
 }
-DEVICE float4 row_sums(unsigned base, int row) {
+DEVICE float4 row_sums(unsigned base, int voice, int row) {
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
     for (int w = 0; w < TEAM_WARPS; ++w) {
-        const float4 part = load_shared<float4>(base + PARTIAL_AT + (w * MOST_TILES * TILE + row) * 4);
+        const float4 part = load_shared<float4>(partial_row(base, w, voice, row));
         sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
     }
     return sum;
 }
 
-// The 1 / (NORM_SCALE rms) of the residual stream, from the sums of squares of its tiles.
-DEVICE float norm_factor(unsigned sums, float epsilon) {
-    float total = 0.0f;
+// The 1 / (NORM_SCALE rms) of a voice's residual stream, from the sums of squares of its tiles.
+DEVICE float norm_factor(unsigned all_sums, int voice, float epsilon) {
+    const unsigned sums = all_sums + voice * SUMS_STRIDE;
+    float4 four = make_float4(0.0f, 0.0f, 0.0f, 0.0f);  // chains of additions, for speed
 #pragma unroll
-    for (int i = 0; i < HIDDEN_TILES; ++i) total += load_shared<float>(sums + 4 * i);
+    for (int i = 0; i + 3 < HIDDEN_TILES; i += 4) {
+        const float4 v = load_shared<float4>(sums + 4 * i);
+        four.x += v.x, four.y += v.y, four.z += v.z, four.w += v.w;
+    }
+    float total = (four.x + four.y) + (four.z + four.w);
+#pragma unroll
+    for (int i = HIDDEN_TILES / 4 * 4; i < HIDDEN_TILES; ++i) total += load_shared<float>(sums + 4 * i);
     return inverse_sqrt(total * (1.0f / HIDDEN) + epsilon) * (1.0f / NORM_SCALE);
 }

@@ -111,7 +111,7 @@ struct Sampler {
     }
 
     // The whole team: the next token, and what it does to the sequence.
-    DEVICE void choose(unsigned number, bool greedy) const {
+    DEVICE_CALL void choose(unsigned number, bool greedy) const {
         const Best mine = greedy ? gather_keys(number) : gather_scores(number);
         gather_distances(number);
         const unsigned best = max_of_lanes(mine.order);

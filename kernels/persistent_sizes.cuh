@@ -4,7 +4,9 @@
 // of the MLP's channels; its ranks share the features of each product, whole tiles of 16, and each rank's eight warps share
 // the depth. Inside a cluster results travel through shared memory; the residual stream alone is summed over clusters.
 //
-// -D: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS (padded to 16 CLUSTERS), VOCAB, CLUSTERS, RANKS, DIM_PARTS, RING_SLOTS, and
+// VOICES sequences go through it together, one in each column of the instruction's eight; a rank attends for one of them.
+//
+// -D: VOICES (1 to 8), HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS (padded to 16 CLUSTERS), VOCAB, CLUSTERS, RANKS, DIM_PARTS, RING_SLOTS, and
 // the dtype. soprano_cupy/gpu/persistent_schedule.py does the same arithmetic.
 #pragma once
 
@@ -47,14 +49,17 @@ constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int MOST_TILES =
     larger(larger(GATED_MOST, HEAD_MOST), larger(most_of_rank(QKV_TILES), most_of_rank(HIDDEN_TILES)));
 
-// Attention: the ranks of a head are PARTS shares of the keys times DIM_PARTS shares of the values' dimensions.
+// Attention: the ranks of a head are VOICES sequences times PARTS shares of the keys times DIM_PARTS shares of the values'
+// dimensions.
 constexpr int RANKS_OF_HEAD = RANKS / LOCAL_HEADS;
-constexpr int PARTS = RANKS_OF_HEAD / DIM_PARTS;
+constexpr int RANKS_OF_VOICE = RANKS_OF_HEAD / VOICES;
+constexpr int PARTS = RANKS_OF_VOICE / DIM_PARTS;
 constexpr int OUT_DIMS = HEAD_DIM / DIM_PARTS;
 constexpr int OUT_STRIDE = OUT_DIMS + 4;  // floats: the output of a share, its maximum and its sum
 
 static_assert(HEADS % CLUSTERS == 0 && (LOCAL_HEADS % GROUP == 0 || GROUP % LOCAL_HEADS == 0), "heads of a cluster");
-static_assert(RANKS % LOCAL_HEADS == 0 && RANKS_OF_HEAD % DIM_PARTS == 0 && PARTS >= 1, "ranks of a head");
+static_assert(RANKS % LOCAL_HEADS == 0 && RANKS_OF_HEAD % (DIM_PARTS * VOICES) == 0 && PARTS >= 1, "ranks of a head");
+static_assert(VOICES >= 1 && VOICES <= 8, "a column each");
 static_assert(HIDDEN % 16 == 0 && HEAD_DIM % 32 == 0 && CHANNELS % (16 * CLUSTERS) == 0, "whole tiles");
 static_assert(OUT_DIMS % 32 == 0, "each lane ends with whole dimensions");
 static_assert(GATED_TILES >= RANKS, "every rank has channels: what keeps a fast rank from running a layer ahead");
@@ -81,24 +86,38 @@ static_assert(chunks_of(most_of_rank(HIDDEN_TILES) * GATED_STEPS) <= RING_SLOTS 
 constexpr int EX_QKV = 0, EX_ATTENDED = 1, EX_HIDDEN = 2, EX_AFTER = 3, EX_GATED = 4, EX_SUMS = 5, EX_SUMS_AFTER = 6;
 constexpr int EXCHANGES = 7;
 
-constexpr unsigned exchange_bytes(int exchange) {
-    return exchange == EX_QKV        ? QKV_ROWS * 4
-           : exchange == EX_ATTENDED ? RANKS * OUT_STRIDE * 4
-           : exchange == EX_GATED    ? LOCAL_CHANNELS * 2
-           : exchange < EX_GATED     ? HIDDEN * 2
-                                     : HIDDEN_TILES * 4;
-}
 constexpr unsigned aligned_16(unsigned bytes) { return (bytes + 15) / 16 * 16; }
+
+// From one voice's vector to the next one's: their columns lie in different banks.
+constexpr unsigned vector_stride(int elements) { return elements * 2 + 16; }
+constexpr unsigned HIDDEN_STRIDE = vector_stride(HIDDEN), GATED_STRIDE = vector_stride(LOCAL_CHANNELS);
+constexpr unsigned ATTENDED_STRIDE = vector_stride(Q_ROWS);
+constexpr unsigned SUMS_STRIDE = aligned_16(HIDDEN_TILES * 4);
+
+// What an exchange brings, and what its buffer takes.
+constexpr unsigned exchange_bytes(int exchange) {
+    return exchange == EX_QKV        ? VOICES * QKV_ROWS * 4
+           : exchange == EX_ATTENDED ? RANKS * OUT_STRIDE * 4
+           : exchange == EX_GATED    ? VOICES * LOCAL_CHANNELS * 2
+           : exchange < EX_GATED     ? VOICES * HIDDEN * 2
+                                     : VOICES * HIDDEN_TILES * 4;
+}
+constexpr unsigned buffer_bytes(int exchange) {
+    return exchange == EX_GATED                              ? VOICES * GATED_STRIDE
+           : exchange == EX_HIDDEN || exchange == EX_AFTER ? VOICES * HIDDEN_STRIDE
+           : exchange == EX_SUMS || exchange == EX_SUMS_AFTER ? VOICES * SUMS_STRIDE
+                                                             : aligned_16(exchange_bytes(exchange));
+}
 constexpr unsigned RING_AT = 0;
 constexpr unsigned exchange_at(int exchange) {
     unsigned at = RING_SLOTS * CHUNK_BYTES;
-    for (int i = 0; i < exchange; ++i) at += aligned_16(exchange_bytes(i));
+    for (int i = 0; i < exchange; ++i) at += buffer_bytes(i);
     return at;
 }
-constexpr unsigned PARTIAL_AT = exchange_at(EXCHANGES);                             // (TEAM_WARPS, MOST_TILES * 16) float
-constexpr unsigned SHARE_AT = PARTIAL_AT + TEAM_WARPS * MOST_TILES * TILE * 4;          // (TEAM_WARPS, OUT_STRIDE) float
-constexpr unsigned ATTENDED_AT = SHARE_AT + TEAM_WARPS * OUT_STRIDE * 4;                // (Q_ROWS,) Element
-constexpr unsigned GAINS_AT = aligned_16(ATTENDED_AT + Q_ROWS * 2);                // (2, HEAD_DIM) float of the layer
+constexpr unsigned PARTIAL_AT = exchange_at(EXCHANGES);                             // (TEAM_WARPS, VOICES, MOST_TILES * 16) float
+constexpr unsigned SHARE_AT = PARTIAL_AT + TEAM_WARPS * VOICES * MOST_TILES * TILE * 4;          // (TEAM_WARPS, OUT_STRIDE) float
+constexpr unsigned ATTENDED_AT = SHARE_AT + TEAM_WARPS * OUT_STRIDE * 4;                // (VOICES, Q_ROWS) Element
+constexpr unsigned GAINS_AT = ATTENDED_AT + VOICES * ATTENDED_STRIDE;                // (2, HEAD_DIM) float of the layer
 constexpr unsigned ANGLES_AT = GAINS_AT + 2 * HEAD_DIM * 4;                        // (2, HEAD_DIM / 2) float: cosines, sines
 constexpr unsigned BARRIERS_AT = ANGLES_AT + HEAD_DIM * 4;                         // see below
 constexpr unsigned CONSUMED_AT = BARRIERS_AT + 8 * (RING_SLOTS + EXCHANGES);         // (TEAM_WARPS,) products that a warp has read

@@ -7,9 +7,9 @@
 DEVICE void begin_block(Worker& worker) {
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < RING_SLOTS; ++slot) barrier_init(worker.base + full_barrier(slot), 1);
-        for (int warp = 0; warp < TEAM_WARPS; ++warp) store_release(worker.base + CONSUMED_AT + warp * 4, 0u);
-        store_release(worker.base + DEAD_AT, 0u);
-        store_release(worker.base + STOP_AT, 0u);
+        for (int warp = 0; warp < TEAM_WARPS; ++warp) store_flag_shared(worker.base + CONSUMED_AT + warp * 4, 0u);
+        store_flag_shared(worker.base + DEAD_AT, 0u);
+        store_flag_shared(worker.base + STOP_AT, 0u);
     }
     worker.exchange.begin();
     if (threadIdx.x == 0) barrier_init_fence();

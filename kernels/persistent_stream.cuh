@@ -49,7 +49,7 @@ struct Ring {
     DEVICE void done(int blocks) {
         sync_warp();
         ++products;
-        if (lane_index() == 0) store_release(base + CONSUMED_AT + warp_index() * 4, products);
+        if (lane_index() == 0) store_flag_shared(base + CONSUMED_AT + warp_index() * 4, products);
         first.advance(chunks_of(blocks));
     }
 };
@@ -102,13 +102,13 @@ struct Streamer {
         const unsigned counter = base + CONSUMED_AT + lane_index() % TEAM_WARPS * 4, before = products;
         const unsigned stop = base + STOP_AT;
         const auto ready = [=] {
-            return static_cast<int>(load_acquire(counter) - before) > 0 || load_acquire(stop) != 0;
+            return static_cast<int>(load_flag_shared(counter) - before) > 0 || load_flag_shared(stop) != 0;
         };
         spin_until(watch, 2, ready, PATIENT);
         ++products;
         room += chunks;
     }
-    DEVICE bool stopped() const { return all_lanes(load_acquire(base + STOP_AT) != 0 || watch.is_dead()); }
+    DEVICE bool stopped() const { return all_lanes(load_flag_shared(base + STOP_AT) != 0 || watch.is_dead()); }
 
     // Copies the stream of one token after the other, until told to stop.
     DEVICE void run() {

@@ -13,12 +13,12 @@ struct Watch {
     unsigned* error;      // global word of the launch, 0 while all is well
     unsigned dead;        // shared word of the block: 1 once a wait of the launch has given up
 
-    DEVICE bool is_dead() const { return load_acquire(dead) != 0; }
+    DEVICE bool is_dead() const { return load_flag_shared(dead) != 0; }
 
     // One thread's part of giving up.
     DEVICE void mark(unsigned code) const {
         launch_given_up();
-        store_release(dead, 1u);
+        store_flag_shared(dead, 1u);
         if (load_flag(error) == 0) store_flag(error, code);
     }
     DEVICE void give_up(unsigned code) const {

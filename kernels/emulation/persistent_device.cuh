@@ -11,6 +11,8 @@
 
 #include "emulation/device.cuh"
 
+#define DEVICE_CALL __attribute__((noinline))
+
 using std::min;
 typedef unsigned long long Word;
 
@@ -105,6 +107,9 @@ inline unsigned load_acquire(unsigned address) {
     emulation::observe(emulated_phase(emulated_key(address), 0));
     return static_cast<unsigned>(emulated_flags[emulated_key(address)]);
 }
+
+inline void store_flag_shared(unsigned address, unsigned value) { store_release(address, value); }
+inline unsigned load_flag_shared(unsigned address) { return load_acquire(address); }
 
 inline bool all_lanes(bool predicate) { return emulation::ballot(predicate) == 0xffffffffu; }
 inline void launch_given_up() { emulation::forgive_races(); }

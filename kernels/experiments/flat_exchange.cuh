@@ -8,7 +8,7 @@
 #include "persistent_watch.cuh"
 #include "persistent_sizes.cuh"
 
-static_assert(CLUSTERS == 1, "one group of blocks");
+static_assert(CLUSTERS == 1 && VOICES == 1, "one group of blocks, one voice");
 constexpr int RECEIVERS = 1;  // one store serves all
 
 constexpr int words_before(int exchange) {

@@ -51,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) layers(const __gr
         worker.exchange.await(EX_SUMS);
         if (worker.cluster == 0 && worker.owns() && worker.owns_row())
             store_global<float>(params.output + worker.row(), worker.residual);
-        if (threadIdx.x == 0) store_release(base + STOP_AT, 1u);
+        if (threadIdx.x == 0) store_flag_shared(base + STOP_AT, 1u);
     }
     linger(watch);
 #if TRANSPORT == 0

@@ -53,14 +53,15 @@ class Shape:
     clusters: int
     ranks: int
     dim_parts: int = 1
+    voices: int = 1
 
     @classmethod
-    def of(cls, config: ModelConfig, clusters: int, ranks: int, dim_parts: int = 1) -> Shape:
+    def of(cls, config: ModelConfig, clusters: int, ranks: int, dim_parts: int = 1, voices: int = 1) -> Shape:
         """The shape of a model on a grid."""
         return cls(
             hidden=config.hidden_size, heads=config.num_heads, kv_heads=config.num_kv_heads, head_dim=config.head_dim,
             intermediate=config.intermediate_size, vocab=config.vocab_size, clusters=clusters, ranks=ranks,
-            dim_parts=dim_parts,
+            dim_parts=dim_parts, voices=voices,
         )  # fmt: skip
 
     @property
@@ -127,7 +128,12 @@ class Shape:
     @property
     def parts(self) -> int:
         """Shares of the keys of a head."""
-        return self.ranks_of_head // self.dim_parts
+        return self.ranks_of_head // self.dim_parts // self.voices
+
+    @property
+    def owners(self) -> int:
+        """Warps of a block that own rows of one voice's residual stream."""
+        return (ceil(self.hidden_tiles, self.ranks) + 1) // 2
 
     @property
     def out_dims(self) -> int:
@@ -144,8 +150,10 @@ class Shape:
             return f"{self.heads} query heads are no multiple of {self.clusters} clusters"
         if self.local_heads % self.group and self.group % self.local_heads:
             return f"{self.local_heads} heads of a cluster fall across groups of {self.group}"
-        if self.ranks % self.local_heads or self.ranks_of_head % self.dim_parts:
-            return f"{self.ranks} ranks are no multiple of {self.local_heads} heads in {self.dim_parts} parts"
+        if self.ranks % self.local_heads or self.ranks_of_head % (self.dim_parts * self.voices):
+            return f"{self.ranks} ranks do not divide by {self.local_heads} heads, {self.dim_parts} parts, {self.voices} voices"
+        if self.owners * self.voices > WARPS:
+            return f"{self.voices} voices have more than 32 rows for each warp of {self.blocks} blocks"
         if self.hidden % TILE:
             return f"the hidden size {self.hidden} is no multiple of {TILE}"
         if self.head_dim not in (32, 64, 128) or self.out_dims % 32:
@@ -158,17 +166,18 @@ class Shape:
 
     def exchange_bytes(self) -> list[int]:
         """Bytes of each exchange's buffer, in their order."""
-        hidden, sums = self.hidden * 2, self.hidden_tiles * 4
+        v, hidden, sums = self.voices, self.voices * (self.hidden * 2 + 16), self.voices * ceil(self.hidden_tiles, 4) * 16
         attended = self.ranks * (self.out_dims + 4) * 4
-        return [self.qkv_tiles * TILE * 4, attended, hidden, hidden, self.channels // self.clusters * 2, sums, sums]
+        gated = v * (self.channels // self.clusters * 2 + 16)
+        return [v * self.qkv_tiles * TILE * 4, attended, hidden, hidden, gated, sums, sums]
 
     def shared_bytes(self, ring_slots: int) -> int:
         """Dynamic shared memory of a block with a ring of so many chunks."""
         most = max(ceil(n, self.ranks) for n in (self.qkv_tiles, self.hidden_tiles, self.gated_tiles))
         most = max(most, ceil(self.head_tiles, self.blocks))
         total = ring_slots * CHUNK_BYTES + sum(ceil(n, 16) * 16 for n in self.exchange_bytes())
-        total += WARPS * most * TILE * 4 + WARPS * (self.out_dims + 4) * 4
-        total = ceil(total + self.q_rows * 2, 16) * 16 + 2 * self.head_dim * 4 + self.head_dim * 4
+        total += WARPS * self.voices * most * TILE * 4 + WARPS * (self.out_dims + 4) * 4
+        total += self.voices * (self.q_rows * 2 + 16) + 2 * self.head_dim * 4 + self.head_dim * 4
         return total + 8 * (ring_slots + len(self.exchange_bytes())) + 4 * WARPS + 16
 
     def ring_slots(self, shared_limit: int) -> int:
@@ -180,7 +189,7 @@ class Shape:
         return (
             ("HIDDEN", self.hidden), ("HEADS", self.heads), ("KV_HEADS", self.kv_heads), ("HEAD_DIM", self.head_dim),
             ("CHANNELS", self.channels), ("VOCAB", self.vocab), ("CLUSTERS", self.clusters), ("RANKS", self.ranks),
-            ("DIM_PARTS", self.dim_parts), ("RING_SLOTS", ring_slots),
+            ("DIM_PARTS", self.dim_parts), ("VOICES", self.voices), ("RING_SLOTS", ring_slots),
         )  # fmt: skip
 
 
