@@ -99,8 +99,8 @@ def distance(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 POINTS = (
-    "layer begins", "hidden here", "QKV product", "block", "sent", "QKV here", "attention", "block", "sent", "shares here",
-    "merged", "O product", "block", "sum over clusters", "sent", "hidden here", "gate and up", "block and norm", "sent",
+    "layer begins", "hidden here", "QKV product", "block", "sent", "QKV here", "attention", "block", "sent",
+    "shares here", "merged", "O product", "block", "sum over clusters", "sent", "hidden here", "gate and up", "block and norm", "sent",
     "gated here", "down product", "block", "sum over clusters", "sent",
 )  # fmt: skip
 
@@ -133,7 +133,8 @@ def run_candidate(candidate: Candidate, seconds: float, profile: bool = False) -
     shared_bytes = s.shared_bytes(ring_slots)
     defines = (
         *s.defines(ring_slots), ("DTYPE_BF16", 1), ("TRANSPORT", candidate.transport),
-        ("WORD_BYTES", candidate.word_bytes), ("KEYS_AHEAD", candidate.keys_ahead), *((("PROFILE", 1),) if profile else ()),
+        ("WORD_BYTES", candidate.word_bytes), ("KEYS_AHEAD", candidate.keys_ahead),
+        *((("PROFILE", 1),) if profile else ()),
     )  # fmt: skip
     model = Model.random(s, LAYERS, CONTEXT)
     expected = {depth: model.reference(s, POSITION, depth) for depth in TOLERANCES}
