@@ -161,20 +161,22 @@ __device__ __forceinline__ void merge(const Shared smem, int rank, const float (
     cluster_wait();  // every block has begun
 #pragma unroll
     for (int to = 0; to < SPLITS; ++to) {
-        const u32 part = mine + (rank - (rank > to)) * PART_BYTES;
+        if (to != rank) {
+            const u32 part = mine + (rank - (rank > to)) * PART_BYTES;
 #pragma unroll
-        for (int n = 0; n < PRODUCTS; ++n)
+            for (int n = 0; n < PRODUCTS; ++n)
 #pragma unroll
-            for (int i = 0; i < END_ACCUMULATORS; i += 4) {
-                const float* const four = &d[n][to * END_ACCUMULATORS + i];
-                if (to != rank) {
+                for (int i = 0; i < END_ACCUMULATORS; i += 4) {
+                    const float* const four = &d[n][to * END_ACCUMULATORS + i];
                     transfer_store(part + (n * END_ACCUMULATORS + i) / 4 * FOUR_BYTES, smem.landed, to,
                                    make_float4(four[0], four[1], four[2], four[3]));
-                } else {
-#pragma unroll
-                    for (int e = 0; e < 4; ++e) sum[n][i + e] = four[e];
                 }
-            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < PRODUCTS; ++n)
+#pragma unroll
+                for (int i = 0; i < END_ACCUMULATORS; ++i) sum[n][i] = d[n][to * END_ACCUMULATORS + i];
+        }
     }
     transfer_wait(smem.landed);
 #pragma unroll

@@ -100,7 +100,7 @@ class Variant:
 # fewer sums fit twice into a multiprocessor: one block's ends and first loads then hide behind the other's products.
 CANDIDATES = (
     Variant(1, 1, 1, 64, 6, 2),  # 64 x 64
-    Variant(1, 1, 1, 64, 5, 2, splits=2),  # the same, the depth divided
+    Variant(1, 1, 1, 64, 5, 2, 184, 56, splits=2),  # the same, the depth divided
     Variant(1, 1, 1, 64, 5, 2, splits=4),
     Variant(1, 1, 1, 128, 3, 2, 184, 56, splits=2),
     Variant(1, 1, 1, 128, 3, 2, 184, 56, splits=4),
@@ -162,7 +162,8 @@ def serves(variant: Variant, request: LinearRequest) -> bool:
         return False
     if request.end in (End.GELU, End.ADD) and many and wide:
         return False
-    if request.end == End.ADD and variant.splits == 2 and variant.accumulators > 32:
+    halves = variant.splits == 2 and variant.accumulators > 32  # what is sent, what is kept, and the stream before
+    if halves and (request.end == End.ADD or (request.end == End.RESIDUAL and variant.consumers < 2)):
         return False
     matrices_rows = {End.GELU: 16, End.SWIGLU: 32}.get(request.end, 8)  # that the end takes at a time
     return request.padded_depth // DEPTH_STEP >= variant.splits and variant.rows // variant.splits >= matrices_rows
