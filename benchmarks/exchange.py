@@ -100,8 +100,8 @@ def distance(got: np.ndarray, expected: np.ndarray) -> float:
 
 POINTS = (
     "layer begins", "hidden here", "QKV product", "block", "sent", "QKV here", "attention", "block", "sent",
-    "shares here", "merged", "O product", "block", "sum over clusters", "sent", "hidden here", "gate and up", "block and norm", "sent",
-    "gated here", "down product", "block", "sum over clusters", "sent",
+    "shares here", "merged", "O product", "block", "sum over clusters", "sent", "hidden here", "gate and up",
+    "block and norm", "sent", "gated here", "down product", "block", "sum over clusters", "sent",
 )  # fmt: skip
 
 

@@ -19,11 +19,13 @@ DEVICE void generate(const PersistentParams& p, Worker& worker, Voice& voice, co
     float first_gain = worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f;
     for (unsigned number = 1;; ++number) {
         worker.begin_token(worker.position);
-        worker.fetch_angles(min(worker.position + 1, p.positions - 1));
         if (worker.owns()) worker.publish_residual(EX_HIDDEN, EX_SUMS, first_gain);
 #pragma unroll 1
         for (int i = 0; i < p.layer.layers; ++i) worker.layer(i);
         voice.score(number);
+        // On their way while the token is chosen.
+        worker.fetch_angles(min(worker.position + 1, p.positions - 1));
+        first_gain = worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f;
         if (blockIdx.x == 0) sampler.choose(number, voice.greedy);
         const unsigned word = voice.receive(number);
         if ((word & TOKEN_RUNNING) != 0) voice.embed(word & TOKEN_MASK);
