@@ -50,12 +50,19 @@ struct Producer {
         tma_load_rows(smem.input + stage * INPUT_BYTES, input, smem.full(stage),
                       (schedule.first_step + step) * DEPTH_STEP, row);
     }
-    // Weights of the first tile for as many stages as there are.
-    __device__ __forceinline__ void begin(int packed_tile) const {
+    // Weights of the first tile for as many stages as there are; the others are sent for as far as the L2 cache. The tiles
+    // of the same features share that out.
+    __device__ __forceinline__ void begin(int packed_tile, int first_row, int rows) const {
         const bool elected = elect_one();
+        const int begun = min(STAGES, schedule.steps);
 #pragma unroll 1
-        for (int step = 0; step < min(STAGES, schedule.steps); ++step) {
+        for (int step = 0; step < begun; ++step) {
             if (elected) load_weights(step, packed_tile, step);
+        }
+        const int sharing = (rows + TILE_ROWS - 1) / TILE_ROWS;
+#pragma unroll 1
+        for (int step = begun + first_row / TILE_ROWS; step < schedule.steps; step += sharing) {
+            if (elected) tma_prefetch_tiles(weights, (schedule.first_step + step) * STEP_PRODUCTS, packed_tile);
         }
     }
     // Everything else, once the input is there. first_row: of the first tile.
@@ -311,7 +318,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     const int first_row = opaque(schedule.first_row(schedule.tile(0)));
     if (threadIdx.x < 32) {
         __syncwarp();
-        if (at_work) producer.begin(opaque(schedule.first_feature(schedule.tile(0)) / TILE_FEATURES));
+        if (at_work) producer.begin(opaque(schedule.first_feature(schedule.tile(0)) / TILE_FEATURES), first_row, p.rows);
     }
     __syncthreads();  // the barriers are ready
     if (SPLITS > 1) cluster_arrive();

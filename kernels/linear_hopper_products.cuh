@@ -94,6 +94,12 @@ __device__ __forceinline__ void tma_load_tiles(u32 destination, const TensorMap*
         : "memory");
 }
 
+// The same box as far as the L2 cache.
+__device__ __forceinline__ void tma_prefetch_tiles(const TensorMap* map, int c1, int c2) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(0), "r"(c1), "r"(c2)
+                 : "memory");
+}
+
 // Stores the transposes of four 8 x 8 matrices of 16-bit elements: word i of lane l is (l / 4, 2 (l % 4)) and the next of
 // matrix i, and lane 8 i + c passes the address of column c of matrix i: 16 bytes.
 __device__ __forceinline__ void store_matrix_x4_trans(u32 address, u32 w0, u32 w1, u32 w2, u32 w3) {

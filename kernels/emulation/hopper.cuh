@@ -84,6 +84,7 @@ inline void tma_load_rows(u32 destination, const TensorMap* map, u32 barrier, in
 inline void tma_load_tiles(u32 destination, const TensorMap* map, u32 barrier, int c1, int c2) {
     tma_load(destination, map, barrier, 0, c1, c2);
 }
+inline void tma_prefetch_tiles(const TensorMap*, int, int) {}
 
 // ---- products
 constexpr int ACCUMULATORS = TILE_ROWS / 2;

@@ -117,17 +117,22 @@ CANDIDATES = (
     # Long depths with few tiles: the larger the tile and the more blocks share its depth, the fewer bytes each of them
     # fetches, and the more sums it sends.
     Variant(1, 1, 1, 64, 5, 2, splits=8),  # 64 x 64
-    Variant(1, 2, 1, 64, 5, 1, splits=2),  # 128 x 64
-    Variant(1, 2, 1, 64, 5, 1, splits=4),
+    Variant(1, 2, 1, 64, 7, 1, splits=2),  # 128 x 64
+    Variant(1, 2, 1, 64, 7, 1, splits=4),
     Variant(1, 2, 1, 128, 5, 1, 224, 56, splits=2),  # 128 x 128
     Variant(1, 2, 1, 128, 4, 1, 224, 56, splits=4),
     Variant(1, 2, 1, 128, 4, 1, 224, 56, splits=8),
+    # With room for more stages, where one block a multiprocessor is enough: what is on its way bounds what arrives.
+    Variant(1, 1, 1, 64, 8, 1),  # 64 x 64
+    Variant(1, 1, 1, 64, 10, 1, splits=2),
+    Variant(1, 1, 1, 64, 9, 1, splits=4),
 )
 
 # The estimate, in cycles of a multiprocessor.
 PRODUCTS_A_CYCLE = 2048  # multiply-adds, 16-bit
 SHARED_BYTES_A_CYCLE = 128.0  # read by products and written by copies
 LOADED_BYTES_A_CYCLE = 48.0  # from the L2 cache into shared memory
+ROUND_CYCLES = 1700.0  # from a stage's release to the next bytes in it
 START_CYCLES = 1800.0  # until the first product: barriers, the first copies
 TURN_CYCLES = 300.0  # between the tiles of a block
 MERGE_CYCLES = 700.0  # until the last of a cluster's sums is there
@@ -185,7 +190,9 @@ def estimate(variant: Variant, request: LinearRequest) -> float:
     blocks = columns * rows * variant.splits
     turns = -(-blocks // (request.multiprocessors * variant.blocks))
     sharing = min(variant.blocks, -(-blocks // request.multiprocessors))  # blocks at work on a multiprocessor
-    main = -(-request.padded_depth // DEPTH_STEP // variant.splits) * stage_cycles(variant) * sharing
+    steps = -(-request.padded_depth // DEPTH_STEP // variant.splits)
+    waited = ROUND_CYCLES / variant.stages if steps > variant.stages else 0.0
+    main = steps * max(stage_cycles(variant) * sharing, waited)
     end = variant.features * variant.rows * END_CYCLES[request.end] / variant.splits + END_LATENCY_CYCLES
     hidden = variant.groups > 1 or sharing > 1
     body = turns * (max(main, end) if hidden else main + end) + (end if hidden else 0.0)
