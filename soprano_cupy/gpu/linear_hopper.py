@@ -132,6 +132,7 @@ CANDIDATES = (
 PRODUCTS_A_CYCLE = 2048  # multiply-adds, 16-bit
 SHARED_BYTES_A_CYCLE = 128.0  # read by products and written by copies
 LOADED_BYTES_A_CYCLE = 48.0  # from the L2 cache into shared memory
+USABLE = {1: 1.0, 2: 1.0, 4: 0.97, 8: 0.85}  # share of the multiprocessors: a cluster lies within one of their groups
 ROUND_CYCLES = 1700.0  # from a stage's release to the next bytes in it
 START_CYCLES = 1800.0  # until the first product: barriers, the first copies
 TURN_CYCLES = 300.0  # between the tiles of a block
@@ -188,7 +189,8 @@ def estimate(variant: Variant, request: LinearRequest) -> float:
     """Microseconds, roughly: what the table is ordered by."""
     columns, rows = -(-request.features // variant.features), -(-request.most_rows // variant.rows)
     blocks = columns * rows * variant.splits
-    turns = -(-blocks // (request.multiprocessors * variant.blocks))
+    usable = int(request.multiprocessors * USABLE[variant.splits])
+    turns = -(-blocks // (usable * variant.blocks))
     sharing = min(variant.blocks, -(-blocks // request.multiprocessors))  # blocks at work on a multiprocessor
     steps = -(-request.padded_depth // DEPTH_STEP // variant.splits)
     waited = ROUND_CYCLES / variant.stages if steps > variant.stages else 0.0
