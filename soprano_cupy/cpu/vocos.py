@@ -21,7 +21,9 @@ class CpuDecoder(DecoderRunner):
     """Runs a decoder with its matrices packed as float32 or bfloat16; all other arithmetic is float32.
 
     dtype: int8 is taken as bfloat16. Whole utterances are streams of 32 tokens a piece, so the two agree bit for
-    bit and activations stay small.
+    bit and activations stay small. They go one after the other: 128 frames keep the matrix units as busy as any number
+    would (a token takes as long in an utterance of 16 tokens as in one of 256), so there is nothing to gain from rows
+    of several utterances in one product.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class CpuDecoder(DecoderRunner):
         return np.stack([_engine.Utterance(self._model).push(one, finish=True) for one in rows])
 
     def stream(self) -> DecoderStream:
-        return CpuStream(self._model)
+        return CpuStream(self._model, self.config.token_samples)
 
     @property
     def weight_bytes(self) -> int:
@@ -51,11 +53,12 @@ class CpuDecoder(DecoderRunner):
 class CpuStream(DecoderStream):
     """One utterance, piece by piece; each token's four frames are computed once.
 
-    States that make no sample final yet wait: the first audio costs one pass over the weights, not one a token.
+    States wait until they make `least` samples final: the first audio costs one pass over the weights, not one a
+    token.
     """
 
-    def __init__(self, model: _engine.VocosModel) -> None:
-        self._utterance = _engine.Utterance(model)
+    def __init__(self, model: _engine.VocosModel, least: int) -> None:
+        self._utterance, self._least = _engine.Utterance(model), least
         self._waiting = np.empty((0, model.input_size), np.float32)
 
     def push(self, states: np.ndarray) -> np.ndarray:
@@ -70,7 +73,7 @@ class CpuStream(DecoderStream):
         if self._utterance.finished:
             raise ParameterError("the utterance has ended; begin a new stream")
         waiting = np.concatenate((self._waiting, states))
-        if not finish and self._utterance.samples(len(waiting)) == 0:
+        if not finish and self._utterance.samples(len(waiting)) < self._least:
             self._waiting = waiting
             return np.empty(0, np.float32)
         self._waiting = waiting[:0]
