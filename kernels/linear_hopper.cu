@@ -4,14 +4,14 @@
 // weights arrives as it lies in memory and a lane reads its words of 16 x 16 weights in one 128-bit access. X is the right
 // operand, rows along N, as a copy with the 128-byte swizzle lays it into shared memory. Both copies go by tensor maps.
 //
-// One warp copies; three beside it work out the norm's factors; the other warpgroups compute. Blocks stay and
-// walk over tiles of BLOCK_FEATURES x TILE_ROWS. All tiles of a block pass through one ring of stages, in order. With
-// GROUPS = 2 the groups of warpgroups take every second tile: while one finishes its tile, the other has the tensor
-// cores.
+// One warp copies; three beside it work out the norm's factors; the other warpgroups compute. Blocks stay and walk over
+// tiles of BLOCK_FEATURES x TILE_ROWS. All tiles of a block pass through one ring of stages, in order. With GROUPS = 2
+// the groups of warpgroups take every second tile: while one finishes its tile, the other has the tensor cores. With
+// SPLITS > 1 the blocks of a cluster divide the depth of one tile, and its rows when they bring the sums to their end.
 //
-// Compile-time: DTYPE_BF16 or DTYPE_FP16, END, NORM and RAGGED (linear_ends.cuh), GROUPS (1 or 2), WARPGROUPS (of a group, 64 * PRODUCTS features each),
-// PRODUCTS (1 or 2), SPLITS (blocks of a cluster that divide the depth of one tile; 1: no clusters), TILE_ROWS (64, 96, 128, 192, 256), STAGES, BLOCKS (per multiprocessor), CONSUMER_REGISTERS and
-// PRODUCER_REGISTERS (both 0: as launched).
+// Compile-time: DTYPE_BF16 or DTYPE_FP16, END, NORM and RAGGED (linear_ends.cuh), GROUPS (1 or 2), WARPGROUPS (of a group,
+// 64 * PRODUCTS features each), PRODUCTS (1 or 2), TILE_ROWS (64, 96, 128, 192, 256), SPLITS (1: no clusters), STAGES,
+// BLOCKS (per multiprocessor), CONSUMER_REGISTERS and PRODUCER_REGISTERS (both 0: as launched).
 // Launch: (GROUPS * WARPGROUPS + 1) * 128 threads, any grid along x; with clusters SPLITS blocks for every tile.
 #include "device.cuh"
 #include "linear_params.cuh"
@@ -259,7 +259,8 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
                     weights = fragments + slot.stage * WEIGHT_BYTES;
                 }
                 const int next = (k + AHEAD) % STEP_PRODUCTS;
-                if (k + AHEAD < STEP_PRODUCTS || step + 1 < steps) load_fragments(a_rmem[next], weights + next * PACKED_BYTES);
+                if (k + AHEAD < STEP_PRODUCTS || step + 1 < steps)
+                    load_fragments(a_rmem[next], weights + next * PACKED_BYTES);
             }
             last = stage;
         }
@@ -271,7 +272,8 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
 
         const int factor_slot = turn % FACTOR_SLOTS;
         if (p.square_sums) mbarrier_wait(smem.factors_full(factor_slot), turn / FACTOR_SLOTS & 1);
-        const u32 staging = smem.staging + consumer * STAGING_BYTES, factors = smem.factor(factor_slot, rank * END_ROWS);
+        const u32 staging = smem.staging + consumer * STAGING_BYTES,
+                  factors = smem.factor(factor_slot, rank * END_ROWS);
 #if SPLITS == 1
         end.finish(p, place, staging, factors, 1 + consumer, d_rmem);
 #else
@@ -318,7 +320,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     const int first_row = opaque(schedule.first_row(schedule.tile(0)));
     if (threadIdx.x < 32) {
         __syncwarp();
-        if (at_work) producer.begin(opaque(schedule.first_feature(schedule.tile(0)) / TILE_FEATURES), first_row, p.rows);
+        if (at_work)
+            producer.begin(opaque(schedule.first_feature(schedule.tile(0)) / TILE_FEATURES), first_row, p.rows);
     }
     __syncthreads();  // the barriers are ready
     if (SPLITS > 1) cluster_arrive();

@@ -212,7 +212,8 @@ constexpr int CHUNKS_A_ROW = COLUMNS / 8;
 constexpr int STAGED_ROWS = (8192 / (2 * COLUMNS) < END_ROWS) ? 8192 / (2 * COLUMNS) : END_ROWS;
 constexpr int ROUNDS = (END_ROWS + STAGED_ROWS - 1) / STAGED_ROWS;
 constexpr int MATRICES_ROWS = END == END_SWIGLU ? 32 : 16;  // rows that one stmatrix of four matrices covers
-static_assert(FLOAT_STAGING || (STAGED_ROWS % MATRICES_ROWS == 0 && END_ROWS % MATRICES_ROWS == 0), "whole matrices in every round");
+static_assert(FLOAT_STAGING || (STAGED_ROWS % MATRICES_ROWS == 0 && END_ROWS % MATRICES_ROWS == 0),
+              "whole matrices in every round");
 
 __device__ __forceinline__ constexpr u32 staged_chunk(int row, int chunk) {
     if (CHUNKS_A_ROW == 4) return row / 2 * 128 + ((row % 2 * 4 + (chunk ^ (row / 2 & 3))) << 4);

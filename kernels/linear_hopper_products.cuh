@@ -96,7 +96,8 @@ __device__ __forceinline__ void tma_load_tiles(u32 destination, const TensorMap*
 
 // The same box as far as the L2 cache.
 __device__ __forceinline__ void tma_prefetch_tiles(const TensorMap* map, int c1, int c2) {
-    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(0), "r"(c1), "r"(c2)
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(map), "r"(0), "r"(c1),
+                 "r"(c2)
                  : "memory");
 }
 

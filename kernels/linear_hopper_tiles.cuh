@@ -14,8 +14,8 @@ constexpr int PACKED_TILES = BLOCK_FEATURES / TILE_FEATURES;
 constexpr int END_ROWS = TILE_ROWS / SPLITS;  // that a block of a cluster brings to their end
 constexpr int END_ACCUMULATORS = ACCUMULATORS / SPLITS;
 constexpr int GROUP_WARPS = WARPGROUPS * WARPGROUP / 32;
-constexpr int STEP_PRODUCTS = DEPTH_STEP / 16;                    // a stage of the ring is DEPTH_STEP deep
-constexpr int AHEAD = 2;  // products whose weights are in registers before it is their turn
+constexpr int STEP_PRODUCTS = DEPTH_STEP / 16;  // a stage of the ring is DEPTH_STEP deep
+constexpr int AHEAD = 2;                        // products whose weights are in registers before it is their turn
 
 constexpr u32 PACKED_BYTES = TILE_FEATURES * 16 * 2;             // 16 x 16 weights
 constexpr u32 PACKED_STEP_BYTES = STEP_PRODUCTS * PACKED_BYTES;  // contiguous, in memory and in a stage
