@@ -33,15 +33,19 @@ LIMIT_US = 36.5  # 151 MB at 4.14 TB/s
 
 def places_of(batch: Any, config: ModelConfig) -> persistent.Places:
     """Slot 0 of a batch."""
-    arena, sizes = batch._arena, batch.sizes
+    arena = batch._arena
     return persistent.Places(
         keys=arena.pointer("keys"), values=arena.pointer("values"),
-        layer_elements=sizes.capacity * config.num_kv_heads * config.head_dim * sizes.slots,
         slot=arena.pointer("slots"), seen=arena.pointer("seen"), tokens=batch._tokens_memory.device,
         states=arena.pointer("states"), progress=batch._progress_memory.device, residual=arena.pointer("step.residual"),
         hidden=arena.pointer("step.hidden"), square_sums=arena.pointer("step.square_sums"),
-        slot_of_row=arena.pointer("slot_of_row"), slot_index=0, most_tokens=sizes.tokens,
+        slot_of_row=arena.pointer("slot_of_row"), slot_index=0,
     )  # fmt: skip
+
+
+def common_of(batch: Any, config: ModelConfig) -> persistent.Common:
+    elements = batch.sizes.capacity * config.num_kv_heads * config.head_dim * batch.sizes.slots
+    return persistent.Common(layer_elements=elements, most_tokens=batch.sizes.tokens)
 
 
 def time_run(model: Any, decoder: Any, request: Request) -> tuple[float, np.ndarray]:
@@ -52,9 +56,9 @@ def time_run(model: Any, decoder: Any, request: Request) -> tuple[float, np.ndar
         batch.begin([request], give_up=False)
         batch.stream.synchronize()
         start, end = Event(timing=True), Event(timing=True)
-        places = places_of(batch, model.config)
+        places, common = places_of(batch, model.config), common_of(batch, model.config)
         start.record(batch.stream.ptr)
-        decoder.launch(batch.stream.ptr, places)
+        decoder.launch(batch.stream.ptr, [places], common)
         end.record(batch.stream.ptr)
         batch.stream.synchronize()
         decoder.check()

@@ -1,7 +1,7 @@
-// One sequence from its first token to [STOP] in one launch: all layers, the output head and the sampling, token after token.
+// One sequence, or a few, from the first token to [STOP] in one launch: all layers, the output head and the sampling, token after token.
 //
 // The grid is CLUSTERS clusters of RANKS blocks, which all run at once and stay; persistent_sizes.cuh says who computes what,
-// persistent_layer.cuh how a layer goes. Block 0 chooses the tokens. Semantics, random numbers and published data are those
+// persistent_layer.cuh how a layer goes. Block v chooses the tokens of voice v. Semantics, random numbers and published data are those
 // of sample.cu. If a wait takes too long, `error` is set and the launch ends with nothing more published.
 //
 // Compile-time: see persistent_sizes.cuh; THREADS = 256 and SEARCH_BARRIER = 1 for the search.
@@ -13,53 +13,55 @@
 #include "persistent_start.cuh"
 
 // The threads that compute.
-DEVICE void generate(const PersistentParams& p, Worker& worker, Voice& voice, const Sampler& sampler) {
-    voice.begin();
-    worker.fetch_angles(worker.position);
+DEVICE void generate(const PersistentParams& p, Worker& worker, Choir& choir, const Sampler& sampler) {
+    choir.begin();
+    worker.fetch_angles(min(worker.position, p.positions - 1));
     float first_gain = worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f;
-    for (unsigned number = 1;; ++number) {
+    for (unsigned number = 1; choir.alive != 0; ++number) {
         worker.begin_token(worker.position);
         if (worker.owns()) worker.publish_residual(EX_HIDDEN, EX_SUMS, first_gain);
 #pragma unroll 1
         for (int i = 0; i < p.layer.layers; ++i) worker.layer(i);
-        voice.score(number);
-        // On their way while the token is chosen.
+        choir.score(number);
+        // On their way while the tokens are chosen.
         worker.fetch_angles(min(worker.position + 1, p.positions - 1));
         first_gain = worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f;
-        if (blockIdx.x == 0) sampler.choose(number, voice.greedy);
-        const unsigned word = voice.receive(number);
-        if ((word & TOKEN_RUNNING) != 0) voice.embed(word & TOKEN_MASK);
-        if ((word & TOKEN_END) != 0) {
-            if ((word & TOKEN_RUNNING) != 0) voice.leave_row();
-            break;
-        }
-        ++worker.position;
+        if (blockIdx.x < VOICES && choir.is_alive(blockIdx.x)) sampler.choose(number, choir.greedy(blockIdx.x));
+        choir.receive(number);
     }
     if (threadIdx.x == 0) store_flag_shared(worker.base + STOP_AT, 1u);
+}
+
+// The warp that tells the host: of the blocks that choose.
+DEVICE void serve_host(const PersistentParams& p, const Sampler& sampler) {
+    sampler.run_clerk();
+    if (blockIdx.x != 0) return;
+    while (all_lanes(load_flag_shared(sampler.base + STOP_AT) == 0)) pause();  // the team ends, one way or another
+    if (lane_index() == 0 && p.report != nullptr) publish(p.report, 1ull + load_flag(p.layer.error));
 }
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     decode_persistent(const __grid_constant__ PersistentParams params) {
     const unsigned base = shared_base();
     const Watch watch{params.layer.error, base + DEAD_AT};
-    const Sampler sampler{params, base, watch};
+    const bool chooses = static_cast<int>(blockIdx.x) < params.voices;
+    const int voice = chooses ? blockIdx.x : 0;
+    const Sampler sampler{params, params.places[voice], voice, base, watch};
     Worker worker(params.layer, base, blockIdx.x / RANKS, blockIdx.x % RANKS, watch);
     begin_block(worker);
-    if (blockIdx.x == 0 && warp_index() < TEAM_WARPS) sampler.begin();
+    if (chooses && warp_index() < TEAM_WARPS) sampler.begin();
     if (threadIdx.x == 0) store_release(base + NEWS_AT + 4, 0u);
     sync_cluster();
     if (warp_index() < TEAM_WARPS) {
-        Voice voice(params, worker);
-        generate(params, worker, voice, sampler);
+        Choir choir(params, worker);
+        generate(params, worker, choir, sampler);
     } else if (warp_index() == STREAM_WARP) {
         const Blocks blocks(worker.rank, blockIdx.x);
         const char* stream = static_cast<const char*>(params.layer.stream) + blockIdx.x * params.layer.stream_bytes;
         Streamer streamer{base, watch, stream, blocks, params.layer.layers, true, {}};
         streamer.run();
-    } else if (blockIdx.x == 0) {
-        sampler.run_clerk();
-        if (lane_index() == 0 && params.report != nullptr)
-            publish(params.report, 1ull + load_flag(params.layer.error));
+    } else if (chooses) {
+        serve_host(params, sampler);
     }
     linger(watch);
     sync_warp();

@@ -5,45 +5,55 @@
 #include "persistent_layer.cuh"
 #include "sample_slot.cuh"
 
-static_assert(VOICES == 1, "one voice so far");
 static_assert(HELD && THREADS == TEAM, "the vocabulary fits shared memory, and the threads that compute search it");
+static_assert(VOICES <= BLOCKS, "block v chooses the tokens of voice v");
 
-// What generating one sequence needs besides its layers.
-struct PersistentParams {
-    LayerParams layer;
-    const void* embeddings;        // (VOCAB, HIDDEN) Element
+// One sequence: where the graph path keeps it.
+struct VoicePlaces {
     SlotState* slot;               // at least one token has been drawn, and the newest one's place in the cache is free
     unsigned* seen;                // (SEEN_WORDS,)
     int* tokens;                   // (most_tokens,)
     float* states;                 // (most_tokens, HIDDEN)
     unsigned long long* progress;  // a word of mapped host memory: see sample.cu
-    const unsigned* cancel;        // a word of mapped host memory: not 0 ends the launch at the next token; or null
-    unsigned long long* report;    // a word of mapped host memory: 1 + the error at the end of the launch; or null
     // The decode step's row: read at the beginning, written at the end for what goes on with it.
     float* residual;
     void* hidden;
     float* square_sums;
     int* slot_of_row;
-    int slot_index;   // what *slot_of_row becomes while the sequence runs; else -1
-    int most_tokens;  // room of the slot
+    int slot_index;  // what *slot_of_row becomes while the sequence runs; else -1
+    int reserved;
+};
+
+// What generating sequences needs besides their layers.
+struct PersistentParams {
+    LayerParams layer;
+    const void* embeddings;      // (VOCAB, HIDDEN) Element
+    const unsigned* cancel;      // a word of mapped host memory: not 0 ends the launch at the next token; or null
+    unsigned long long* report;  // a word of mapped host memory: 1 + the error at the end of the launch; or null
+    int voices;       // in use
+    int most_tokens;  // room of a slot
     int budget;       // tokens of this launch, at least 1
     int positions;    // rows of the table of angles
     int end_token, loop_length;
     float loop_distance;
     int stall_at;  // for tests of the watchdog: at the so-manieth token the last block is not heard; 0: never
+    VoicePlaces places[VOICES];
 };
 
 // ---- words in global memory between blocks, behind those of the residual stream; all zero before the launch ----
 
-constexpr int SUM_WORDS = CLUSTERS > 1 ? 2 * CLUSTERS * HIDDEN : 0;
-constexpr int OWNERS = (most_of_rank(HIDDEN_TILES) + 1) / 2;  // warps of a block that own rows of the residual stream
-constexpr int DISTANCES = RANKS * OWNERS;
-constexpr int KEY_WARPS = HEAD_MOST * TILE < TEAM ? (HEAD_MOST * TILE + 31) / 32 : TEAM_WARPS;
-constexpr int KEYS = BLOCKS * KEY_WARPS;  // each two words: order of a warp's best score, its id
-constexpr int TOKEN_WORD = (SUM_WORDS + 15) / 16 * 16;
-constexpr int DISTANCE_WORDS = TOKEN_WORD + 16;
-constexpr int KEY_WORDS = (DISTANCE_WORDS + DISTANCES + 15) / 16 * 16;
-constexpr int SCORE_WORDS = (KEY_WORDS + 2 * KEYS + 15) / 16 * 16;
+constexpr int up_to_16(int words) { return (words + 15) / 16 * 16; }
+constexpr int SUM_WORDS = CLUSTERS > 1 ? 2 * CLUSTERS * VOICES * HIDDEN : 0;
+constexpr int OWNERS = (most_of_rank(HIDDEN_TILES) + 1) / 2;  // warps of a block that own rows of one voice's residual stream
+constexpr int DISTANCES = RANKS * OWNERS;                     // of a voice
+constexpr int HEAD_ROWS = (HEAD_MOST * TILE + 31) / 32 * 32;  // of a block
+constexpr int BLOCK_KEYS = HEAD_ROWS / 32;
+constexpr int KEYS = BLOCKS * BLOCK_KEYS;  // of a voice, each two words: order of a warp's best score, its id
+constexpr int TOKEN_WORDS = up_to_16(SUM_WORDS);
+constexpr int DISTANCE_WORDS = TOKEN_WORDS + 16;
+constexpr int KEY_WORDS = up_to_16(DISTANCE_WORDS + VOICES * DISTANCES);
+constexpr int SCORE_WORDS = up_to_16(KEY_WORDS + 2 * VOICES * KEYS);
+constexpr int ALL_WORDS_OF_LAUNCH = SCORE_WORDS + VOICES * VOCAB;
 
 constexpr unsigned TOKEN_END = 1u << 31;      // no further token in this launch
 constexpr unsigned TOKEN_RUNNING = 1u << 30;  // the sequence itself goes on
@@ -51,48 +61,59 @@ constexpr unsigned TOKEN_MASK = (1u << 24) - 1;
 
 // ---- shared memory behind that of the layers ----
 
-constexpr int HEAD_ROWS = HEAD_MOST * TILE;
-constexpr unsigned TOKEN_AT = aligned_16(SHARED_END);            // the word that came, for the block
-constexpr unsigned SEEN_AT = TOKEN_AT + 16;                      // a bit for each of this block's ids
-constexpr unsigned SAMPLER_AT = aligned_16(SEEN_AT + (HEAD_ROWS + 31) / 32 * 4);
+constexpr unsigned TOKEN_AT = aligned_16(SHARED_END);                     // the words that came, for the block
+constexpr unsigned RULES_AT = TOKEN_AT + aligned_16(VOICES * 4);          // (penalty, greedy) of each voice
+constexpr unsigned SEEN_AT = RULES_AT + aligned_16(VOICES * 8);           // a bit for each of this block's ids, for each voice
+constexpr unsigned SAMPLER_AT = aligned_16(SEEN_AT + VOICES * HEAD_ROWS / 8);
 
-struct Voice {
+// The voices as every block sees them.
+struct Choir {
     const PersistentParams& p;
     Worker& worker;
-    bool greedy;
-    float penalty;
-    float last_state = 0.0f;  // of this lane's row, in the warps of the first cluster that own rows
-    int count;                // tokens drawn so far
+    unsigned alive;           // bit v: voice v goes on
+    float last_state = 0.0f;  // of this lane's row of its own voice, in the warps of the first cluster that own rows
+    int count = 0;            // tokens of that voice drawn so far
 
-    DEVICE Voice(const PersistentParams& params, Worker& w) : p(params), worker(w) {
-        const SlotState slot = SlotWords::load(p.slot).state();
-        greedy = (slot.options & OPTION_GREEDY) != 0;
-        penalty = slot.penalty;
-        count = slot.count;
-        worker.position = slot.position;
+    DEVICE Choir(const PersistentParams& params, Worker& w) : p(params), worker(w), alive((1u << params.voices) - 1u) {}
+
+    DEVICE bool is_alive(int voice) const { return (alive >> voice & 1u) != 0; }
+    DEVICE const VoicePlaces& own() const { return p.places[min(worker.own_voice(), VOICES - 1)]; }
+    DEVICE bool owns_row() const { return worker.owns_row() && is_alive(worker.own_voice()); }
+    DEVICE bool owns() const { return worker.owns() && is_alive(worker.own_voice()); }
+    DEVICE Tiles tiles() const { return head_tiles(blockIdx.x); }
+    DEVICE unsigned seen_word(int voice, int row) const {
+        return worker.base + SEEN_AT + (voice * HEAD_ROWS + row) / 32 * 4;
     }
 
-    DEVICE Tiles tiles() const { return head_tiles(blockIdx.x); }
-    DEVICE unsigned seen_word(int row) const { return worker.base + SEEN_AT + row / 32 * 4; }
-
-    // The ids of this block that the sequence holds, and the newest token's row; a barrier of the block follows.
+    // Records, and which ids of this block the sequences hold; a barrier of the block follows.
     DEVICE void begin() {
         const Tiles mine = tiles();
-        for (int row = threadIdx.x; row < (HEAD_ROWS + 31) / 32 * 32; row += TEAM) {
-            const int id = mine.begin * TILE + row;
-            const bool exists = row < mine.count() * TILE && id < VOCAB;
-            const bool is_seen = exists && (load_global_fresh<unsigned>(p.seen + id / 32) >> id % 32 & 1u) != 0;
+        for (int item = threadIdx.x; item < HEAD_ROWS * VOICES; item += TEAM) {
+            const int voice = item / HEAD_ROWS, row = item % HEAD_ROWS, id = mine.begin * TILE + row;
+            const bool exists = is_alive(voice) && row < mine.count() * TILE && id < VOCAB;
+            const bool is_seen =
+                exists && (load_global_fresh<unsigned>(p.places[voice].seen + id / 32) >> id % 32 & 1u) != 0;
             const unsigned bits = lanes_where(is_seen);
-            if (lane_index() == 0) store_shared<unsigned>(seen_word(row), bits);
+            if (lane_index() == 0) store_shared<unsigned>(seen_word(voice, row), bits);
         }
-        if (worker.owns_row()) {
-            worker.residual = load_global_fresh<float>(p.residual + worker.row());
-            if (count > 0 && count <= p.most_tokens)
-                last_state = load_global_fresh<float>(p.states + static_cast<long long>(count - 1) * HIDDEN + worker.row());
+        const int voice = threadIdx.x;
+        if (voice < p.voices) {
+            const SlotState slot = SlotWords::load(p.places[voice].slot).state();
+            store_shared<float>(worker.base + RULES_AT + voice * 8, slot.penalty);
+            store_shared<unsigned>(worker.base + RULES_AT + voice * 8 + 4, slot.options & OPTION_GREEDY);
         }
+        worker.active = is_alive(worker.place.voice);
+        if (worker.active) worker.position = load_global_fresh<int>(&p.places[worker.place.voice].slot->position);
+        if (!owns_row()) return;
+        count = load_global_fresh<int>(&own().slot->count);
+        worker.residual = load_global_fresh<float>(own().residual + worker.row());
+        if (count > 0 && count <= p.most_tokens)
+            last_state = load_global_fresh<float>(own().states + static_cast<long long>(count - 1) * HIDDEN + worker.row());
     }
 
-    // Scores of this block's ids, on their way to the first block: all of them, or each warp's best.
+    DEVICE bool greedy(int voice) const { return load_shared<unsigned>(worker.base + RULES_AT + voice * 8 + 4) != 0; }
+
+    // Scores of this block's ids, on their way to the blocks that choose: all of them, or the best of each 32.
     DEVICE void score(unsigned number) {
         if (static_cast<int>(number) == p.stall_at && blockIdx.x == BLOCKS - 1) number = 0u;
         Exchange& exchange = worker.exchange;
@@ -105,39 +126,51 @@ struct Voice {
                 worker.ring, part.count(), exchange.at(EX_HIDDEN), (part.begin - mine.begin) * TILE);
         }
         exchange.await(EX_SUMS);
-        const float factor = norm_factor(exchange.at(EX_SUMS), 0, p.layer.epsilon);
         worker.sync();
-        unsigned best = 0u, best_id = 0xffffffffu;
-        for (int row = threadIdx.x; row < (HEAD_ROWS + 31) / 32 * 32; row += TEAM) {  // ids ascend
-            const int id = mine.begin * TILE + row;
-            if (row >= mine.count() * TILE || id >= VOCAB) continue;
-            float value = row_sum(worker.base, 0, row) * factor;
-            if (load_shared<unsigned>(seen_word(row)) >> row % 32 & 1u) value = value > 0.0f ? value / penalty : value * penalty;
-            if (!greedy) store_word(p.layer.words + SCORE_WORDS + id, make_word(float_to_bits(value), number));
-            const unsigned order = order_of(value);
-            if (order > best) best = order, best_id = static_cast<unsigned>(id);
+#pragma unroll 1
+        for (int item = threadIdx.x; item < HEAD_ROWS * VOICES; item += TEAM) {  // a warp's rows are one voice's
+            const int voice = item / HEAD_ROWS, row = item % HEAD_ROWS;
+            if (is_alive(voice)) score_row(number, voice, row, mine);
         }
-        const unsigned best_of_warp = max_of_lanes(best);
-        const unsigned id = min_of_lanes(best == best_of_warp ? best_id : 0xffffffffu);
-        if (greedy && warp_index() < KEY_WARPS && lane_index() == 0) {
-            const int key = blockIdx.x * KEY_WARPS + warp_index();
-            store_words(p.layer.words + KEY_WORDS + 2 * key, make_word(best_of_warp, number), make_word(id, number));
+        publish_state(number);
+    }
+
+    DEVICE void score_row(unsigned number, int voice, int row, Tiles mine) {
+        const int id = mine.begin * TILE + row;
+        const bool exists = row < mine.count() * TILE && id < VOCAB;
+        float value = 0.0f;
+        if (exists) {
+            value = row_sum(worker.base, voice, row) * norm_factor(worker.exchange.at(EX_SUMS), voice, p.layer.epsilon);
+            const float penalty = load_shared<float>(worker.base + RULES_AT + voice * 8);
+            if (load_shared<unsigned>(seen_word(voice, row)) >> row % 32 & 1u)
+                value = value > 0.0f ? value / penalty : value * penalty;
         }
-        // The token is likely one of the warps' best: have its row of the embeddings near.
-        if (id < VOCAB && lane_index() < (HIDDEN + 63) / 64)
-            prefetch_l2(static_cast<const Element*>(p.embeddings) + static_cast<long long>(id) * HIDDEN + lane_index() * 64);
-        publish_state(number, factor);
+        const unsigned order = exists ? order_of(value) : 0u;
+        const unsigned best = max_of_lanes(order);
+        const unsigned best_id = min_of_lanes(exists && order == best ? static_cast<unsigned>(id) : 0xffffffffu);
+        if (!greedy(voice)) {
+            if (exists)
+                store_word(p.layer.words + SCORE_WORDS + voice * VOCAB + id, make_word(float_to_bits(value), number));
+        } else if (lane_index() == 0) {
+            const int key = (voice * BLOCKS + blockIdx.x) * BLOCK_KEYS + row / 32;
+            store_words(p.layer.words + KEY_WORDS + 2 * key, make_word(best, number), make_word(best_id, number));
+        }
+        // The token is likely one of these: have its row of the embeddings near.
+        if (best_id < VOCAB && lane_index() < (HIDDEN + 63) / 64)
+            prefetch_l2(static_cast<const Element*>(p.embeddings) + static_cast<long long>(best_id) * HIDDEN +
+                        lane_index() * 64);
     }
 
     // The state that makes the token, and how far it is from the one before.
-    DEVICE void publish_state(unsigned number, float factor) {
-        if (worker.cluster != 0 || !worker.owns()) return;
+    DEVICE void publish_state(unsigned number) {
+        if (worker.cluster != 0 || !owns()) return;
+        const float factor = norm_factor(worker.exchange.at(EX_SUMS), worker.own_voice(), p.layer.epsilon);
         float distance = 0.0f;
-        if (worker.owns_row()) {
+        if (owns_row()) {
             const float gain = load_global<float>(worker.gain(2 * p.layer.layers));
             const float state = worker.residual * (factor * NORM_SCALE) * gain;
             if (count < p.most_tokens)
-                store_global<float>(p.states + static_cast<long long>(count) * HIDDEN + worker.row(), state);
+                store_global<float>(own().states + static_cast<long long>(count) * HIDDEN + worker.row(), state);
             distance = fabsf(state - last_state);
             last_state = state;
         }
@@ -146,51 +179,64 @@ struct Voice {
         sync_warp();
         if (lane_index() != 0) return;
         fence_device();  // whoever sees the word sees the warp's states
-        store_word(p.layer.words + DISTANCE_WORDS + worker.rank * OWNERS + warp_index(),
-                   make_word(float_to_bits(distance), number));
+        const int part = worker.own_voice() * DISTANCES + worker.rank * OWNERS + worker.own_pair_of_tiles();
+        store_word(p.layer.words + DISTANCE_WORDS + part, make_word(float_to_bits(distance), number));
     }
 
-    // Waits for the token, tells the block; the word with its flags.
-    DEVICE unsigned receive(unsigned number) {
-        const unsigned at = worker.base + TOKEN_AT;
+    // Waits for the tokens of all voices that are alive, and goes on with them.
+    DEVICE void receive(unsigned number) {
+        const unsigned at = worker.base + TOKEN_AT + lane_index() * 4;
         if (warp_index() == 0) {
-            const Word* from = p.layer.words + TOKEN_WORD;
+            const bool mine = lane_index() < VOICES && is_alive(lane_index());
+            const Word* from = p.layer.words + TOKEN_WORDS + lane_index();
             Word word = 0;
-            spin_until(worker.ring.watch, 3, [&] {
-                word = load_word(from);
-                return word_number(word) == number;
-            }, blockIdx.x == 0 ? SPIN_LIMIT_CYCLES : PATIENT);
-            const bool dead = worker.ring.watch.is_dead();
-            if (lane_index() == 0) store_shared<unsigned>(at, dead ? TOKEN_END : word_value(word));
+            const auto ready = [&] {
+                if (mine) word = load_word(from);
+                return !mine || word_number(word) == number;
+            };
+            spin_until(worker.ring.watch, 3, ready, blockIdx.x < VOICES ? SPIN_LIMIT_CYCLES : PATIENT);
+            const bool dead = all_lanes(worker.ring.watch.is_dead());
+            if (lane_index() < VOICES) store_shared<unsigned>(at, dead || !mine ? TOKEN_END : word_value(word));
         }
         worker.sync();
-        return load_shared<unsigned>(at);
+        for (int voice = 0; voice < VOICES; ++voice) {
+            if (is_alive(voice)) take(voice, load_shared<unsigned>(worker.base + TOKEN_AT + voice * 4));
+        }
     }
 
-    // The residual stream of a new token, the seen ids with it.
-    DEVICE void embed(unsigned token) {
-        ++count;
-        const int row = static_cast<int>(token) - tiles().begin * TILE;
-        if (row >= 0 && row < tiles().count() * TILE && threadIdx.x == TEAM - 1)
-            store_shared<unsigned>(seen_word(row), load_shared<unsigned>(seen_word(row)) | 1u << row % 32);
-        if (!worker.owns_row()) return;
-        const Element* from = static_cast<const Element*>(p.embeddings) + static_cast<long long>(token) * HIDDEN;
-        worker.residual = to_float(load_global<Element>(from + worker.row()));
+    // A voice's new token: the seen ids, the residual stream, the position; and what is left behind at the end.
+    DEVICE void take(int voice, unsigned word) {
+        const int token = static_cast<int>(word & TOKEN_MASK), row = token - tiles().begin * TILE;
+        const bool running = (word & TOKEN_RUNNING) != 0, end = (word & TOKEN_END) != 0;
+        if (running && row >= 0 && row < tiles().count() * TILE && static_cast<int>(threadIdx.x) == TEAM - 1) {
+            const unsigned at = seen_word(voice, row);
+            store_shared<unsigned>(at, load_shared<unsigned>(at) | 1u << row % 32);
+        }
+        if (worker.owns() && worker.own_voice() == voice) {
+            ++count;
+            const Element* from = static_cast<const Element*>(p.embeddings) + static_cast<long long>(token) * HIDDEN;
+            if (running && worker.owns_row()) worker.residual = to_float(load_global<Element>(from + worker.row()));
+            if (running && end && worker.cluster == 0) leave_row();
+        }
+        if (end) alive &= ~(1u << voice);
+        if (worker.place.voice == voice) {
+            worker.active = !end;
+            ++worker.position;
+        }
     }
 
     // Leaves the newest token's row for whoever goes on.
     DEVICE void leave_row() const {
-        if (worker.cluster != 0 || !worker.owns()) return;
         float square = 0.0f;
         if (worker.owns_row()) {
             const float gain = load_global<float>(worker.gain(0));
-            store_global<float>(p.residual + worker.row(), worker.residual);
-            store_global<Element>(static_cast<Element*>(p.hidden) + worker.row(),
+            store_global<float>(own().residual + worker.row(), worker.residual);
+            store_global<Element>(static_cast<Element*>(own().hidden) + worker.row(),
                                   from_float(worker.residual * gain * NORM_SCALE));
             square = worker.residual * worker.residual;
         }
 #pragma unroll
         for (int mask = 1; mask < 16; mask *= 2) square += shuffle_xor(square, mask);
-        if (worker.owns_row() && lane_index() % 16 == 0) store_global<float>(p.square_sums + worker.row() / 16, square);
+        if (worker.owns_row() && lane_index() % 16 == 0) store_global<float>(own().square_sums + worker.row() / 16, square);
     }
 };

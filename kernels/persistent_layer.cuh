@@ -40,6 +40,7 @@ struct Worker {
     Exchange exchange;
     float residual = 0.0f;  // of this lane's row, in the warps that finish the residual stream
     int position = 0;       // of the new token of the voice for which this rank attends
+    bool active = true;     // that voice goes on; else its column holds whatever it does
     float2 angle = {0.0f, 0.0f};  // of this thread's pair at the next position, in the last threads
     unsigned number = 0;    // of layers so far in the launch, from 1
 
@@ -164,7 +165,7 @@ struct Worker {
         MARK(1);
         multiply<most_of_rank(QKV_TILES), HIDDEN_STEPS>(ring, qkv.count(), exchange.at(EX_HIDDEN), 0);
         MARK(2);
-        keys.begin(cache(p.keys, layer, 0), cache(p.values, layer, place.dims * OUT_DIMS), place.part, position);
+        keys.begin(cache(p.keys, layer, 0), cache(p.values, layer, place.dims * OUT_DIMS), place.part, active ? position : 0);
         exchange.await(EX_SUMS);
         // Four warps, or as many as it takes, send one voice's rows to all ranks.
         constexpr int SENDERS = RECEIVERS > 4 ? (RECEIVERS + 3) / 4 : 1, TOGETHER = TEAM_WARPS / SENDERS;
@@ -202,8 +203,8 @@ struct Worker {
         query.load(raw + place.head * HEAD_DIM * 4);
         query.finish(base + GAINS_AT, base + ANGLES_AT, p.epsilon, 1.44269504f / sqrtf(static_cast<float>(HEAD_DIM)));
         Share share;
-        keys.attend(query, share);
-        if (position % PARTS == place.part && position / PARTS % GROUPS / 4 == warp_index())
+        if (active) keys.attend(query, share);
+        if (active && position % PARTS == place.part && position / PARTS % GROUPS / 4 == warp_index())
             attend_newest(layer, query, share);
         share.merge_groups();
         const unsigned at = base + SHARE_AT + warp_index() * OUT_STRIDE * 4;

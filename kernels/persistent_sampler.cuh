@@ -1,5 +1,5 @@
-// The first block's part of every token: gather scores, choose, and keep the sequence's record. A warp of its own tells the
-// host, so that nobody waits for that.
+// Block v's part of every token of voice v: gather scores, choose, and keep the sequence's record. A warp of its own tells
+// the host, so that nobody waits for that.
 #pragma once
 
 #include "persistent_head.cuh"
@@ -16,6 +16,8 @@ constexpr unsigned PERSISTENT_SHARED_BYTES = SCORES_AT + SCORES_BYTES;
 
 struct Sampler {
     const PersistentParams& p;
+    const VoicePlaces& place;
+    int voice;
     unsigned base;
     Watch watch;
 
@@ -25,7 +27,7 @@ struct Sampler {
     DEVICE void begin() const {
         Search(base + SEARCH_AT).clear_cells();
         if (threadIdx.x != 0) return;
-        SlotWords::load(p.slot).keep(base + RECORD_AT);
+        SlotWords::load(place.slot).keep(base + RECORD_AT);
         store_release(base + CANCEL_AT, 0u);
         store_release(base + NEWS_AT, 0u);
     }
@@ -43,7 +45,7 @@ struct Sampler {
     // Every warp's best.
     DEVICE Best gather_keys(unsigned number) const {
         constexpr int MOST = (KEYS + TEAM - 1) / TEAM;
-        const Word* from = p.layer.words + KEY_WORDS;
+        const Word* from = p.layer.words + KEY_WORDS + 2 * voice * KEYS;
         Word heard[MOST][2];
         spin_until(watch, 4, [&] {
             bool all = true;
@@ -69,7 +71,7 @@ struct Sampler {
         Best best;
 #pragma unroll 1
         for (int first = threadIdx.x; first - static_cast<int>(threadIdx.x) < VOCAB; first += TEAM * TOGETHER) {
-            const Word* from = p.layer.words + SCORE_WORDS;
+            const Word* from = p.layer.words + SCORE_WORDS + voice * VOCAB;
             Word heard[TOGETHER];
             spin_until(watch, 5, [&] {
                 bool all = true;
@@ -99,10 +101,11 @@ struct Sampler {
     DEVICE void gather_distances(unsigned number) const {
         if (warp_index() * 32 >= DISTANCES) return;
         const int part = threadIdx.x;
-        const Word* from = p.layer.words + DISTANCE_WORDS + part;
+        const bool exists = part < DISTANCES && part % OWNERS * 2 < tiles_of(HIDDEN_TILES, part / OWNERS).count();
+        const Word* from = p.layer.words + DISTANCE_WORDS + voice * DISTANCES + part;
         Word heard = 0;
         spin_until(watch, 6, [&] {
-            if (part >= DISTANCES) return true;
+            if (!exists) return true;
             heard = load_word(from);
             return word_number(heard) == number;
         });
@@ -152,7 +155,7 @@ struct Sampler {
         const bool running = slot.status == STATUS_RUNNING;
         const bool end = !running || number >= static_cast<unsigned>(p.budget) || load_acquire(base + CANCEL_AT) != 0;
         const unsigned word = static_cast<unsigned>(token) | (end ? TOKEN_END : 0u) | (running ? TOKEN_RUNNING : 0u);
-        store_word(p.layer.words + TOKEN_WORD, make_word(word, number));
+        store_word(p.layer.words + TOKEN_WORDS + voice, make_word(word, number));
         const uint4 fixed = load_shared<uint4>(base + RECORD_AT + 32);
         const uint4 third = make_uint4(fixed.x, fixed.y, fixed.z, static_cast<unsigned>(slot.count));
         const uint4 fourth = make_uint4(static_cast<unsigned>(slot.position), static_cast<unsigned>(slot.status),
@@ -197,13 +200,13 @@ struct Sampler {
         slot.repeats = static_cast<int>(fourth.z), slot.stuck = static_cast<int>(fourth.w);
         const int token = static_cast<int>(word & TOKEN_MASK);
         if (slot.status != STATUS_FAILED) {
-            store_global<int>(p.tokens + slot.count - 1, token);
-            unsigned* seen = p.seen + token / 32;
+            store_global<int>(place.tokens + slot.count - 1, token);
+            unsigned* seen = place.seen + token / 32;
             store_global<unsigned>(seen, load_global_fresh<unsigned>(seen) | 1u << token % 32);
         }
-        store_slot(p.slot, slot);
-        if ((word & TOKEN_END) != 0) store_global<int>(p.slot_of_row, (word & TOKEN_RUNNING) != 0 ? p.slot_index : -1);
-        publish(p.progress, progress_word(slot, token));
+        store_slot(place.slot, slot);
+        if ((word & TOKEN_END) != 0) store_global<int>(place.slot_of_row, (word & TOKEN_RUNNING) != 0 ? place.slot_index : -1);
+        publish(place.progress, progress_word(slot, token));
         if (p.cancel != nullptr && load_flag(p.cancel) != 0) store_release(base + CANCEL_AT, 1u);
     }
 };

@@ -67,15 +67,17 @@ class Outcome:
 class Host:
     """One model, one grid; `run` generates a request behind what the reference has drawn first."""
 
-    def __init__(self, folder: Path, clusters: int, ranks: int, dim_parts: int = 1, slots: int = 6) -> None:
+    def __init__(
+        self, folder: Path, clusters: int, ranks: int, dim_parts: int = 1, voices: int = 1, slots: int = 6
+    ) -> None:
         self.reference = portable(folder)
         self.config = self.reference.config
-        self.shape = Shape.of(self.config, clusters, ranks, dim_parts)
+        self.shape = Shape.of(self.config, clusters, ranks, dim_parts, voices)
         assert self.shape.problem() is None
-        self.slots = max(slots, persistent.least_slots(self.shape))
+        self.grid = persistent.Grid(self.shape, max(slots, persistent.least_slots(self.shape)))
         self.source = packed_weights(folder, self.config)
         self.weights = pack_persistent(self.shape, self.source.layers, self.source.head, self.source.norm, np)
-        defines = dict(persistent.kernel_defines(self.shape, self.slots, "bfloat16"))
+        defines = dict(persistent.kernel_defines(*self.grid, "bfloat16"))
         defines["SPIN_LIMIT_CYCLES"] = SPIN_LIMIT
         self.library = emulation.build(SOURCE, defines, arch=900)
 
@@ -105,51 +107,56 @@ class Host:
         residual = np.zeros(width, np.float32)
         embedding = self.source.embeddings[token].astype(np.uint32) << 16
         residual[: c.hidden_size] = embedding.view(np.float32)
-        words = persistent.scratch_words(self.shape)
         return {
             "keys": kv[0], "values": kv[1], "slot": record, "tokens": tokens, "states": states, "residual": residual,
             "seen": np.packbits(held, bitorder="little").view(np.uint32), "progress": np.zeros(1, np.uint64),
-            "cancel": np.zeros(1, np.uint32), "report": np.zeros(1, np.uint64), "hidden": np.zeros(width, np.uint16),
+            "hidden": np.zeros(width, np.uint16),
             "square_sums": np.zeros(-(-c.hidden_size // 16), np.float32), "slot_of_row": np.array([5], np.int32),
-            "words": np.zeros(words, np.uint64), "error": np.zeros(8, np.uint32),
         }  # fmt: skip
 
-    def run(
-        self,
-        memory: dict[str, Array],
-        *,
-        budget: int = 1000,
-        cancelled: bool = False,
-        stall_at: int = 0,
+    def run(self, memory: dict[str, Array], **options: Any) -> Outcome:
+        """Launch one sequence on this memory, which `prepare` made or an earlier launch has left."""
+        return self.run_together([memory], **options)[0]
+
+    def run_together(
+        self, memories: Sequence[dict[str, Array]], *, budget: int = 1000, cancelled: bool = False, stall_at: int = 0,
         **options: Any,
-    ) -> Outcome:
-        """Launch on this memory, which `prepare` made or an earlier launch has left."""
-        c, w = self.config, self.weights
-        memory["words"][:] = 0
-        memory["error"][:] = 0
-        memory["cancel"][:] = int(cancelled)
+    ) -> list[Outcome]:  # fmt: skip
+        """Launch several sequences."""
+        w = self.weights
         constants = {
-            "stream": w.stream, "gains": w.gains, "head_gains": w.head_gains,
-            "rope": self.source.rope, "embeddings": self.source.embeddings,
+            "stream": w.stream, "gains": w.gains, "head_gains": w.head_gains, "rope": self.source.rope,
+            "embeddings": self.source.embeddings,
         }  # fmt: skip
-        places = persistent.Places(
-            **{name: memory[name].ctypes.data for name in persistent.Places.__dataclass_fields__ if name in memory},
-            layer_elements=memory["keys"][0].size, slot_index=5, most_tokens=MOST_TOKENS, stall_at=stall_at,
+        shared = {
+            "words": np.zeros(persistent.scratch_words(self.shape), np.uint64), "error": np.zeros(8, np.uint32),
+            "report": np.zeros(1, np.uint64),
+        }  # fmt: skip
+        cancel = np.array([int(cancelled)], np.uint32)
+        names = [name for name in persistent.Places.__dataclass_fields__ if name != "slot_index"]
+        places = [
+            persistent.Places(**{name: memory[name].ctypes.data for name in names}, slot_index=5) for memory in memories
+        ]
+        common = persistent.Common(
+            layer_elements=memories[0]["keys"][0].size, most_tokens=MOST_TOKENS, budget=budget, stall_at=stall_at,
+            cancel=cancel.ctypes.data, report=shared["report"].ctypes.data,
         )  # fmt: skip
         tables = {name: array.ctypes.data for name, array in constants.items()}
-        tables |= {"words": memory["words"].ctypes.data, "error": memory["error"].ctypes.data}
-        tables |= {"stream_bytes": w.stream_bytes, "budget": budget}
-        launch = persistent.plan_persistent(c, self.shape, self.slots, "bfloat16", places, tables)
-        buffers = [emulation.Buffer(array) for array in constants.values()]
-        buffers += [emulation.Buffer(array, name != "cancel") for name, array in memory.items()]
+        tables |= {name: shared[name].ctypes.data for name in ("words", "error")}
+        tables["stream_bytes"] = w.stream_bytes
+        launch = persistent.plan_persistent(self.config, self.grid, "bfloat16", places, common, tables)
+        buffers = [emulation.Buffer(array) for array in (*constants.values(), cancel)]
+        buffers += [emulation.Buffer(array, True) for array in shared.values()]
+        buffers += [emulation.Buffer(array, True) for memory in memories for array in memory.values()]
         self.library.launch(
             "decode_persistent", launch.params, grid=launch.grid, threads=THREADS, cluster=self.shape.blocks,
             shared_bytes=-(-launch.shared_bytes // 16) * 16, buffers=buffers, **options,
         )  # fmt: skip
-        return Outcome(
-            memory["tokens"], memory["states"], memory["slot"][0], int(memory["progress"][0]), int(memory["error"][0]),
-            int(memory["report"][0]), int(memory["slot_of_row"][0]), memory["residual"],
-        )  # fmt: skip
+        return [
+            Outcome(m["tokens"], m["states"], m["slot"][0], int(m["progress"][0]), int(shared["error"][0]),
+                    int(shared["report"][0]), int(m["slot_of_row"][0]), m["residual"])
+            for m in memories
+        ]  # fmt: skip
 
 
 def request(prompt: Sequence[int], **params: Any) -> Request:

@@ -120,6 +120,22 @@ def test_in_parts(hosts: Callable[..., host.Host]) -> None:
     assert rest.progress == whole.progress
 
 
+@pytest.mark.parametrize("grid", [(2, 4, 1, 2), (1, 8, 1, 2)])
+def test_two_voices(hosts: Callable[..., host.Host], grid: tuple[int, ...]) -> None:
+    """Side by side each gets what it gets alone, to the bit; one ends before the other."""
+    h = hosts(MQA, *grid)
+    requests = [
+        host.request(PROMPT, max_new_tokens=4),
+        host.request([*PROMPT, 12, 13], max_new_tokens=8, temperature=0.8, top_p=0.9, seed=11),
+    ]
+    together = h.run_together([h.prepare(request) for request in requests])
+    for request, outcome in zip(requests, together, strict=True):
+        check(h, request, outcome, h.expected(request))
+        alone = h.run(h.prepare(request))  # the second place is empty
+        assert alone.states.tobytes() == outcome.states.tobytes()
+        assert alone.record.tobytes() == outcome.record.tobytes()
+
+
 def test_cancelled(hosts: Callable[..., host.Host]) -> None:
     """The word is looked at behind each token, so the launch ends one token later at the most."""
     h = hosts(MQA, 2, 2, 1)

@@ -51,9 +51,12 @@ class Engine:
         """(tokens, states, record), by launches of `budget` tokens."""
         with self.model.borrowed([request]) as batch:
             batch.begin([request], give_up=False)
-            places = replace(places_of(batch, self.model.config), **others)
+            places, common = (
+                places_of(batch, self.model.config),
+                common_of(batch, self.model.config, budget=budget, **others),
+            )
             while True:
-                self.decoder.launch(batch.stream.ptr, places, budget)
+                self.decoder.launch(batch.stream.ptr, [places], common)
                 batch.stream.synchronize()
                 self.decoder.check()
                 word = int(batch.progress[0])
@@ -70,12 +73,17 @@ def places_of(batch: Any, config: Any, slot: int = 0) -> persistent.Places:
     of_slot = sizes.capacity * config.num_kv_heads * config.head_dim
     return persistent.Places(
         keys=arena.pointer("keys") + 2 * of_slot * slot, values=arena.pointer("values") + 2 * of_slot * slot,
-        layer_elements=of_slot * sizes.slots, slot=arena.pointer("slots", slot), seen=arena.pointer("seen", slot),
+        slot=arena.pointer("slots", slot), seen=arena.pointer("seen", slot),
         tokens=batch._tokens_memory.device + 4 * sizes.tokens * slot, states=arena.pointer("states", slot),
         progress=batch._progress_memory.device + 8 * slot, residual=arena.pointer("step.residual", slot),
         hidden=arena.pointer("step.hidden", slot), square_sums=arena.pointer("step.square_sums", slot),
-        slot_of_row=arena.pointer("slot_of_row", slot), slot_index=slot, most_tokens=sizes.tokens,
+        slot_of_row=arena.pointer("slot_of_row", slot), slot_index=slot,
     )  # fmt: skip
+
+
+def common_of(batch: Any, config: Any, **others: int) -> persistent.Common:
+    elements = batch.sizes.capacity * config.num_kv_heads * config.head_dim * batch.sizes.slots
+    return persistent.Common(layer_elements=elements, most_tokens=batch.sizes.tokens, **others)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -164,8 +172,9 @@ def test_cancelled(engine: Engine) -> None:
     np.frombuffer(memory.view(), np.uint32)[0] = 1
     with engine.model.borrowed([ask(PROMPTS[0])]) as batch:
         batch.begin([ask(PROMPTS[0])], give_up=False)
-        places = replace(places_of(batch, engine.model.config), cancel=memory.device, report=memory.device + 8)
-        engine.decoder.launch(batch.stream.ptr, places)
+        places = places_of(batch, engine.model.config)
+        common = common_of(batch, engine.model.config, cancel=memory.device, report=memory.device + 8)
+        engine.decoder.launch(batch.stream.ptr, [places], common)
         batch.stream.synchronize()
         engine.decoder.check()
         assert step.progress_status(int(batch.progress[0])) == step.RUNNING

@@ -9,8 +9,9 @@ sampling kernel has drawn at least one token, and leaves everything as that kern
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -41,8 +42,12 @@ SHARED_BYTES = {
 }
 UNLIMITED = 1 << 30  # tokens of a launch
 
-# Clusters, ranks of a cluster, shares of the values' dimensions: the first that fits the model and the GPU is taken.
-GRIDS = ((4, 16, 2), (4, 16, 1), (4, 8, 1), (2, 16, 1), (2, 8, 1), (1, 16, 1), (1, 8, 1))
+VOICES = (1, 2, 4, 8)  # that a kernel is compiled for
+MOST_VOICES = VOICES[-1]
+
+GridChoice = tuple[int, int, int]  # clusters, ranks of a cluster, shares of the values' dimensions
+# The first that fits the model and the GPU is taken.
+GRIDS: tuple[GridChoice, ...] = ((4, 16, 2), (4, 16, 1), (4, 8, 1), (2, 16, 1), (2, 8, 1), (1, 16, 1), (1, 8, 1))
 
 # What a wait that took too long was for: the error word's codes in kernels/persistent_*.cuh.
 WAITS = {
@@ -51,32 +56,38 @@ WAITS = {
     18: "a layer's input", 19: "the MLP's input", 20: "gated channels", 21: "a layer's norm", 22: "the MLP's norm",
 }  # fmt: skip
 
-# PersistentParams, field by field; the first ones are LayerParams of persistent_layer.cuh.
-PARAMS = np.dtype(
-    [(name, np.uint64) for name in ("stream", "gains", "head_gains", "rope", "keys", "values", "words", "error")]
-    + [(name, np.int64) for name in ("stream_bytes", "layer_elements")]
-    + [("layers", np.int32), ("epsilon", np.float32)]
-    + [(name, np.uint64) for name in ("embeddings", "slot", "seen", "tokens", "states", "progress", "cancel", "report")]
+# Of one voice; VoicePlaces of persistent_head.cuh.
+VOICE = np.dtype(
+    [(name, np.uint64) for name in ("slot", "seen", "tokens", "states", "progress")]
     + [(name, np.uint64) for name in ("residual", "hidden", "square_sums", "slot_of_row")]
-    + [(n, np.int32) for n in ("slot_index", "most_tokens", "budget", "positions", "end_token", "loop_length")]
-    + [("loop_distance", np.float32), ("stall_at", np.int32)]
+    + [("slot_index", np.int32), ("reserved", np.int32)]
 )
+
+
+def params_dtype(voices: int) -> np.dtype[Any]:
+    """PersistentParams of persistent_head.cuh, field by field; it begins with LayerParams of persistent_layer.cuh."""
+    return np.dtype(
+        [(name, np.uint64) for name in ("stream", "gains", "head_gains", "rope")]
+        + [("keys", np.uint64, voices), ("values", np.uint64, voices), ("words", np.uint64), ("error", np.uint64)]
+        + [("stream_bytes", np.int64), ("layer_elements", np.int64), ("layers", np.int32), ("epsilon", np.float32)]
+        + [(name, np.uint64) for name in ("embeddings", "cancel", "report")]
+        + [(n, np.int32) for n in ("voices", "most_tokens", "budget", "positions", "end_token", "loop_length")]
+        + [("loop_distance", np.float32), ("stall_at", np.int32), ("places", VOICE, voices)]
+    )
 
 
 @dataclass(frozen=True)
 class Places:
     """Device addresses of one sequence, as the graph path's prefill and first sampling have left them.
 
-    keys, values: of the slot, (layers, capacity, kv_heads, head_dim) with `layer_elements` from layer to layer. slot:
-    its `SLOT_STATE` record. seen, states, tokens, progress: of the slot, as `kernels/sample.cu` writes them. residual,
+    keys, values: of the slot, (layers, capacity, kv_heads, head_dim), layers `Common.layer_elements` apart. slot: its
+    `SLOT_STATE` record. seen, states, tokens, progress: of the slot, as `kernels/sample.cu` writes them. residual,
     hidden, square_sums, slot_of_row: the decode step's row of the sequence; read, and at the end written for whoever
-    goes on. cancel: a 32-bit word of mapped memory that ends the launch at the next token once it is not 0, or 0.
-    report: a 64-bit word of mapped memory that becomes 1 + the error's code when the launch has ended, or 0.
+    goes on, `slot_of_row` with slot_index or -1.
     """
 
     keys: int
     values: int
-    layer_elements: int
     slot: int
     seen: int
     tokens: int
@@ -87,55 +98,69 @@ class Places:
     square_sums: int
     slot_of_row: int
     slot_index: int
-    most_tokens: int  # room for tokens and states of the slot
+
+
+@dataclass(frozen=True)
+class Common:
+    """What the sequences of a launch share.
+
+    layer_elements: elements from one layer's keys to the next's. most_tokens: room for tokens and states of a slot.
+    budget: tokens that a launch makes of each, at most. cancel: address of a 32-bit word of mapped memory that ends
+    the launch at the next token once it is not 0, or 0. report: of a 64-bit word of mapped memory that becomes 1 + the
+    error's code when the launch ends, or 0. stall_at: for tests of the watchdog, the token at which a block falls
+    silent.
+    """
+
+    layer_elements: int
+    most_tokens: int
+    budget: int = UNLIMITED
     cancel: int = 0
     report: int = 0
-    stall_at: int = 0  # tests of the watchdog: the token at which the last block falls silent
+    stall_at: int = 0
+
+
+class Grid(NamedTuple):
+    """A shape that serves the model on this GPU, and the chunks of its ring."""
+
+    shape: Shape
+    slots: int
 
 
 class PersistentDecoder:
-    """The persistent kernel for one model on one GPU. Weights are packed at the first launch; one launch at a time."""
+    """The persistent kernel for one model on one GPU, for up to `MOST_VOICES` sequences a launch.
+
+    Weights are packed at the first launch. One launch at a time: they share what lies between the blocks.
+    """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, facts: DeviceFacts, dtype: str, grids: tuple[Any, ...] = GRIDS
+        self, config: ModelConfig, weights: Weights, facts: DeviceFacts, dtype: str, grids: Sequence[GridChoice] = GRIDS
     ) -> None:
         self._config, self._source, self._facts, self._dtype = config, weights, facts, dtype
         self._grids = grids
-        self._shape: Shape | None = None
-        self._slots = 0
-        self._reason: str | None = None
-        self._examined = False
-        self._weights: PersistentWeights | None = None
-        self._programs: dict[tuple[Places, int], Program] = {}
+        self._found: dict[int, Grid | str] = {}
+        self._weights: dict[tuple[int, int], PersistentWeights] = {}
+        self._programs: dict[tuple[Any, ...], Program] = {}
 
-    def problem(self) -> str | None:
-        """Why this model and GPU are left to the graph path, as one line; None when the kernel serves them.
+    def problem(self, voices: int = 1) -> str | None:
+        """Why so many voices are left to the graph path, as one line; None when the kernel serves them.
 
-        The first call compiles and loads the kernel. Raises `DeviceError` only where the driver itself fails.
+        The first call for a number compiles and loads the kernel. Raises `DeviceError` only where the driver fails.
         """
-        if not self._examined:
-            self._reason = self._examine()
-            self._examined = True
-            if self._reason is None:
-                assert self._shape is not None
-                s = self._shape
-                logger.info("one voice: %d clusters of %d blocks stay on the GPU for a sentence", s.clusters, s.ranks)
-            else:
-                logger.info("one voice: a graph for each token; %s", self._reason)
-        return self._reason
+        found = self._grid(voices)
+        return found if isinstance(found, str) else None
 
-    def launch(self, stream: int, places: Places, budget: int = UNLIMITED) -> None:
-        """Generate the sequence at `places` to its end, or `budget` tokens of it; returns before it is done.
+    def launch(self, stream: int, places: Sequence[Places], common: Common) -> None:
+        """Generate the sequences at `places` to their ends, or `budget` tokens of them; returns before it is done.
 
         What the host sees while it runs is what the sampling kernel publishes: states, tokens, progress words. Raises
-        `DeviceError` with `problem()`'s reason. Afterwards, on the same stream, `check` says whether it went well.
+        `DeviceError` with `problem()`'s reason. Once the stream is done, `check` says whether it went well.
         """
-        reason = self.problem()
-        if reason is not None:
-            raise DeviceError(f"the persistent decode kernel cannot run: {reason}")
+        grid = self._grid(len(places))
+        if isinstance(grid, str):
+            raise DeviceError(f"the persistent decode kernel cannot run: {grid}")
         from ._driver import copy
 
-        program = self._program(places, budget)
+        program = self._program(grid, tuple(places), common)
         copy(int(self._scratch.data.ptr), int(self._zeros.data.ptr), int(self._zeros.nbytes), stream)
         program.run(stream)
 
@@ -148,25 +173,39 @@ class PersistentDecoder:
     @property
     def nbytes(self) -> int:
         """GPU memory of the weights in stream order; 0 before the first launch."""
-        return self._weights.nbytes if self._weights else 0
+        return sum(weights.nbytes for weights in self._weights.values())
 
     # ---- choosing a grid ----
 
-    def _examine(self) -> str | None:
+    def _grid(self, voices: int) -> Grid | str:
+        """The grid for so many voices, or why there is none."""
+        lanes = next((n for n in VOICES if n >= voices), 0)
+        if not lanes or voices < 1:
+            return f"{voices} voices at once are more than {VOICES[-1]}"
+        if lanes not in self._found:
+            self._found[lanes] = found = self._examine(lanes)
+            if isinstance(found, str):
+                logger.info("voices at once, up to %d: a graph for each token; %s", lanes, found)
+            else:
+                s = found.shape
+                logger.info("voices at once, up to %d: %d clusters of %d blocks stay", lanes, s.clusters, s.ranks)
+        return self._found[lanes]
+
+    def _examine(self, voices: int) -> Grid | str:
         config, facts = self._config, self._facts
         if facts.capability < MIN_CAPABILITY:
             return f"{facts.name} has no thread block clusters (compute capability 9.0)"
         if config.vocab_size > MOST_VOCAB:
             return f"a vocabulary of {config.vocab_size} is larger than {MOST_VOCAB}"
-        reasons = [self._try(Shape.of(config, *grid)) for grid in self._grids]
-        if self._shape is None:
-            return next((reason for reason in reasons if reason is not None), "there is no grid to try")
-        return None
+        reason = "there is no grid to try"
+        for number, choice in enumerate(self._grids):
+            found = self._try(Shape.of(config, *choice, voices))
+            if not isinstance(found, str):
+                return found
+            reason = found if number == 0 else reason
+        return reason
 
-    def _try(self, shape: Shape) -> str | None:
-        """Take this shape if none has been taken and it fits; else why not."""
-        if self._shape is not None:
-            return None
+    def _try(self, shape: Shape) -> Grid | str:
         reason = shape.problem()
         if reason is not None:
             return reason
@@ -176,8 +215,7 @@ class PersistentDecoder:
         fit = self._clusters_at_once(shape, slots)
         if fit < shape.clusters:
             return f"only {fit} of {shape.clusters} clusters of {shape.ranks} blocks run at once"
-        self._shape, self._slots = shape, slots
-        return None
+        return Grid(shape, slots)
 
     def _clusters_at_once(self, shape: Shape, slots: int) -> int:
         from . import _driver
@@ -194,55 +232,64 @@ class PersistentDecoder:
 
     # ---- launching ----
 
-    def _program(self, places: Places, budget: int) -> Program:
-        program = self._programs.get((places, budget))
+    def _program(self, grid: Grid, places: tuple[Places, ...], common: Common) -> Program:
+        key = (grid, places, common)
+        program = self._programs.get(key)
         if program is None:
             from .program import load_program
 
-            if self._weights is None:
-                self._pack()
             if len(self._programs) >= 64:  # sequences that are gone
                 self._programs.clear()
-            launch = self._plan(places, budget)
-            program = self._programs[places, budget] = load_program([launch], self._facts.index)
+            program = self._programs[key] = load_program([self._plan(grid, places, common)], self._facts.index)
         return program
 
-    def _pack(self) -> None:
-        import cupy
-
-        assert self._shape is not None
-        source = self._source
-        self._weights = pack_persistent(self._shape, source.layers, source.head, source.norm, cupy)
-        words = 2 * scratch_words(self._shape)
-        self._scratch, self._zeros = cupy.zeros(words + 32, np.uint32), cupy.zeros(words + 32, np.uint32)
-        self._error = self._scratch[words:]
-        cupy.cuda.get_current_stream().synchronize()
-        logger.info("weights in stream order: %.0f MB more", self._weights.nbytes / 1e6)
-
-    def _plan(self, places: Places, budget: int) -> Launch:
-        assert self._shape is not None
-        assert self._weights is not None
-        w, source = self._weights, self._source
+    def _plan(self, grid: Grid, places: Sequence[Places], common: Common) -> Launch:
+        w, source = self._packed(grid.shape), self._source
         tables = {
             "stream": w.stream.data.ptr, "stream_bytes": w.stream_bytes, "gains": w.gains.data.ptr,
             "head_gains": w.head_gains.data.ptr, "rope": source.rope.data.ptr, "embeddings": source.embeddings.data.ptr,
-            "words": self._scratch.data.ptr, "error": self._error.data.ptr, "budget": budget,
+            "words": self._scratch.data.ptr, "error": self._error.data.ptr,
         }  # fmt: skip
-        return plan_persistent(self._config, self._shape, self._slots, self._dtype, places, tables)
+        return plan_persistent(self._config, grid, self._dtype, places, common, tables)
+
+    def _packed(self, shape: Shape) -> PersistentWeights:
+        """The weights for a shape; clusters and ranks alone decide about their order."""
+        import cupy
+
+        key = shape.clusters, shape.ranks
+        if key not in self._weights:
+            source = self._source
+            packed = pack_persistent(shape, source.layers, source.head, source.norm, cupy)
+            self._weights[key] = packed
+            if len(self._weights) == 1:
+                shapes = [Shape.of(self._config, *choice, VOICES[-1]) for choice in self._grids]
+                words = 2 * max(scratch_words(s) for s in shapes)
+                self._scratch, self._zeros = (cupy.zeros(words + 32, np.uint32) for _ in range(2))
+                self._error = self._scratch[words:]
+            cupy.cuda.get_current_stream().synchronize()
+            logger.info("weights in stream order: %.0f MB more", packed.nbytes / 1e6)
+        return self._weights[key]
 
 
 def plan_persistent(
-    config: ModelConfig, shape: Shape, slots: int, dtype: str, places: Places, tables: dict[str, int]
+    config: ModelConfig, grid: Grid, dtype: str, places: Sequence[Places], common: Common, tables: dict[str, int]
 ) -> Launch:
-    """The launch. tables: addresses of what does not change from sequence to sequence, `stream_bytes` and `budget`."""
-    params = np.zeros(1, PARAMS)
+    """The launch. tables: addresses of what does not change from sequence to sequence, and `stream_bytes`."""
+    shape, slots = grid
+    params = np.zeros(1, params_dtype(shape.voices))
     values: dict[str, Any] = {
-        **tables, **{name: getattr(places, name) for name in Places.__dataclass_fields__},
-        "layers": config.num_layers, "epsilon": config.rms_norm_eps, "positions": config.max_positions,
-        "end_token": config.eos_token_id, "loop_length": LOOP_LENGTH, "loop_distance": LOOP_DISTANCE,
+        **tables, **asdict(common), "voices": len(places), "layers": config.num_layers, "epsilon": config.rms_norm_eps,
+        "positions": config.max_positions, "end_token": config.eos_token_id, "loop_length": LOOP_LENGTH,
+        "loop_distance": LOOP_DISTANCE,
     }  # fmt: skip
     for name, value in values.items():
         params[name] = value
+    for voice, place in enumerate(places):
+        for name, value in asdict(place).items():
+            if name in ("keys", "values"):
+                params[name].reshape(1, -1)[0, voice] = value
+            else:
+                params["places"].reshape(1, -1)[0, voice][name] = value
     return Launch(
         source=SOURCE, kernel=KERNEL, defines=kernel_defines(shape, slots, dtype), grid=(shape.blocks, 1, 1),
         threads=THREADS, shared_bytes=shared_bytes(shape, slots), params=params.tobytes(), cluster=shape.ranks,
@@ -279,17 +326,16 @@ def least_slots(shape: Shape) -> int:
 
 def scratch_words(shape: Shape) -> int:
     """64-bit words between blocks, as persistent_head.cuh counts them."""
-    rows = ceil(shape.head_tiles, shape.blocks) * 16
-    keys = shape.blocks * min(ceil(rows, 32), WARPS)
-    distances = shape.ranks * owners(shape)
-    sums = 2 * shape.clusters * shape.hidden if shape.clusters > 1 else 0
-    key_words = ceil(ceil(sums, 16) * 16 + 16 + distances, 16) * 16
-    return ceil(key_words + 2 * keys, 16) * 16 + shape.vocab
+    v = shape.voices
+    keys = shape.blocks * (head_rows(shape) // 32)
+    sums = 2 * shape.clusters * v * shape.hidden if shape.clusters > 1 else 0
+    key_words = ceil(ceil(sums, 16) * 16 + 16 + v * shape.ranks * shape.owners, 16) * 16
+    return ceil(key_words + 2 * v * keys, 16) * 16 + v * shape.vocab
 
 
-def owners(shape: Shape) -> int:
-    """Warps of a block that own rows of the residual stream."""
-    return (ceil(shape.hidden_tiles, shape.ranks) + 1) // 2
+def head_rows(shape: Shape) -> int:
+    """Rows of the output head that a block takes, rounded up to whole warps."""
+    return ceil(ceil(shape.head_tiles, shape.blocks) * 16, 32) * 32
 
 
 BINS, CANDIDATES = 64, 128  # of kernels/sample_search.cuh
@@ -298,11 +344,12 @@ SEARCH_BYTES = 3 * BINS * 32 * 4 + 2 * BINS * 12 + 32 + 16 + 16 + CANDIDATES * 1
 
 def shared_bytes(shape: Shape, slots: int) -> int:
     """Dynamic shared memory of a block: that of the layers, and the sampler's."""
-    rows = ceil(shape.head_tiles, shape.blocks) * 16
-    seen = ceil(shape.shared_bytes(slots), 16) * 16 + 16
-    sampler = ceil(seen + ceil(rows, 32) * 4, 16) * 16
+    v = shape.voices
+    rules = ceil(shape.shared_bytes(slots), 16) * 16 + ceil(v * 4, 16) * 16
+    seen = rules + ceil(v * 8, 16) * 16
+    sampler = ceil(seen + v * head_rows(shape) // 8, 16) * 16
     distances = sampler + 64 + 80 + WARPS * 16 + 4 + 12
-    search = ceil(distances + shape.ranks * owners(shape) * 4, 16) * 16
+    search = ceil(distances + shape.ranks * shape.owners * 4, 16) * 16
     return search + SEARCH_BYTES + ceil(shape.vocab, 4) * 16
 
 
