@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,17 @@ from soprano_cupy.testing import SOPRANO_1_1_80M, make_checkpoint
 LIMIT_US = 36.5  # 151 MB at 4.14 TB/s
 
 
-def places_of(batch: Any, config: ModelConfig) -> persistent.Places:
-    """Slot 0 of a batch."""
-    arena = batch._arena
+def places_of(batch: Any, config: ModelConfig, slot: int = 0) -> persistent.Places:
+    """A slot of a batch, whose row has the slot's number."""
+    arena, sizes = batch._arena, batch.sizes
+    cache = 2 * sizes.capacity * config.num_kv_heads * config.head_dim * slot
     return persistent.Places(
-        keys=arena.pointer("keys"), values=arena.pointer("values"),
-        slot=arena.pointer("slots"), seen=arena.pointer("seen"), tokens=batch._tokens_memory.device,
-        states=arena.pointer("states"), progress=batch._progress_memory.device, residual=arena.pointer("step.residual"),
-        hidden=arena.pointer("step.hidden"), square_sums=arena.pointer("step.square_sums"),
-        slot_of_row=arena.pointer("slot_of_row"), slot_index=0,
+        keys=arena.pointer("keys") + cache, values=arena.pointer("values") + cache, slot=arena.pointer("slots", slot),
+        seen=arena.pointer("seen", slot), tokens=batch._tokens_memory.device + 4 * sizes.tokens * slot,
+        states=arena.pointer("states", slot), progress=batch._progress_memory.device + 8 * slot,
+        residual=arena.pointer("step.residual", slot), hidden=arena.pointer("step.hidden", slot),
+        square_sums=arena.pointer("step.square_sums", slot), slot_of_row=arena.pointer("slot_of_row", slot),
+        slot_index=slot,
     )  # fmt: skip
 
 
@@ -48,17 +51,17 @@ def common_of(batch: Any, config: ModelConfig) -> persistent.Common:
     return persistent.Common(layer_elements=elements, most_tokens=batch.sizes.tokens)
 
 
-def time_run(model: Any, decoder: Any, request: Request) -> tuple[float, np.ndarray]:
-    """Microseconds per token behind the first, and the tokens."""
+def time_run(model: Any, decoder: Any, requests: list[Request]) -> tuple[float, np.ndarray]:
+    """Microseconds per step behind the first tokens, and the first voice's tokens."""
     from soprano_cupy.gpu._driver import Event
 
-    with model.borrowed([request]) as batch:
-        batch.begin([request], give_up=False)
+    with model.borrowed(requests) as batch:
+        batch.begin(requests, give_up=False)
         batch.stream.synchronize()
         start, end = Event(timing=True), Event(timing=True)
-        places, common = places_of(batch, model.config), common_of(batch, model.config)
+        places = [places_of(batch, model.config, slot) for slot in range(len(requests))]
         start.record(batch.stream.ptr)
-        decoder.launch(batch.stream.ptr, [places], common)
+        decoder.launch(batch.stream.ptr, places, common_of(batch, model.config))
         end.record(batch.stream.ptr)
         batch.stream.synchronize()
         decoder.check()
@@ -66,15 +69,13 @@ def time_run(model: Any, decoder: Any, request: Request) -> tuple[float, np.ndar
         return 1e3 * end.elapsed_ms(start) / (count - 1), np.array(batch.tokens[0, :count])
 
 
-def time_graph(model: Any, request: Request) -> tuple[float, np.ndarray]:
+def time_graph(model: Any, requests: list[Request]) -> tuple[float, np.ndarray]:
     """The same by the graph path."""
-    import time
-
-    with model.borrowed([request]) as batch:
-        batch.begin([request], give_up=False)
+    with model.borrowed(requests) as batch:
+        batch.begin(requests, give_up=False)
         batch.stream.synchronize()
         begun = time.perf_counter()
-        word = batch.finish(1)[0]
+        word = batch.finish(len(requests))[0]
         count = step.progress_count(word)
         return 1e6 * (time.perf_counter() - begun) / (count - 1), np.array(batch.tokens[0, :count])
 
@@ -100,7 +101,7 @@ def main() -> None:
     samplings: dict[str, dict[str, Any]] = {"greedy": {}, "top-p": {"temperature": 0.3, "top_p": 0.95, "seed": 1}}
     for kind, sampling in samplings.items():
         request = Request(prompt, SamplingParams(max_new_tokens=arguments.tokens, **sampling))
-        graph = [time_graph(model, request) for _ in range(5)]
+        graph = [time_graph(model, [request]) for _ in range(5)]
         t = timing([us for us, _ in graph[1:]])
         expected = graph[0][1]
         report(f"graph, {kind}", t.median, t.p99, f"{len(expected)} tokens")
@@ -112,7 +113,7 @@ def main() -> None:
                 sys.stdout.write(f"{name:40s} {decoder.problem()}\n")
                 continue
             try:
-                runs = [time_run(model, decoder, request) for _ in range(arguments.repeats)]
+                runs = [time_run(model, decoder, [request]) for _ in range(arguments.repeats)]
             except Exception as error:  # one grid that fails leaves the others
                 sys.stdout.write(f"{name:40s} {type(error).__name__}: {error}\n")
                 continue
@@ -127,8 +128,33 @@ def main() -> None:
             if len(same) == 1 and first > 0:
                 checks += 1
                 rows.append(Row(name, t.median, "us a token", t.repeats, p99=t.p99, limit=LIMIT_US))
+    rows += several(model, prompt, arguments.tokens)
     head = machine_facts(gpu=True)
     write_results(arguments.out or RESULTS / f"{head['machine']}-persistent.json", "persistent", head, {}, rows, checks)
+
+
+def several(model: Any, prompt: np.ndarray, tokens: int) -> list[Row]:
+    """A few voices together, of different prompts, by the default grid and by the graph path."""
+    rows = []
+    decoder = persistent.PersistentDecoder(model.config, model._weights, model._facts, model.dtype)
+    for count in (2, 4, 8):
+        requests = [Request(np.roll(prompt, i), SamplingParams(max_new_tokens=tokens)) for i in range(count)]
+        t = timing([time_graph(model, requests)[0] for _ in range(5)][1:])
+        report(f"graph, {count} voices", t.median, t.p99, "")
+        rows.append(Row(f"graph, {count} voices", t.median, "us a step", t.repeats, p99=t.p99))
+        problem = decoder.problem(count)
+        if problem is not None:
+            sys.stdout.write(f"{count} voices: {problem}\n")
+            continue
+        try:
+            runs = [time_run(model, decoder, requests) for _ in range(6)]
+        except Exception as error:
+            sys.stdout.write(f"{count} voices: {type(error).__name__}: {error}\n")
+            break
+        t = timing([us for us, _ in runs[1:]])
+        report(f"persistent, {count} voices", t.median, t.p99, f"{len({x.tobytes() for _, x in runs})} kind of result")
+        rows.append(Row(f"persistent, {count} voices", t.median, "us a step", t.repeats, p99=t.p99))
+    return rows
 
 
 def report(name: str, median: float, p99: float, more: str) -> None:

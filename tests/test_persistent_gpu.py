@@ -137,6 +137,29 @@ def margin(engine: Engine, request: Request, expected: Any, states: np.ndarray, 
     return float((best[1] - best[0]) / (4 * np.abs(logits[0] - logits[1]).max()))
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_several_voices(engine: Engine, count: int) -> None:
+    """Together each gets what it gets alone with the same columns, and what the graph path gives."""
+    problem = engine.decoder.problem(count)
+    if problem is not None:
+        pytest.skip(problem)
+    requests = [ask(PROMPTS[i % 3], 20 + 5 * i, **list(SAMPLINGS.values())[i % 2]) for i in range(count)]
+    with engine.model.borrowed(requests) as batch:
+        batch.begin(requests, give_up=False)
+        places = [places_of(batch, engine.model.config, slot) for slot in range(count)]
+        engine.decoder.launch(batch.stream.ptr, places, common_of(batch, engine.model.config))
+        batch.stream.synchronize()
+        engine.decoder.check()
+        counts = [step.progress_count(int(batch.progress[i])) for i in range(count)]
+        results = [(np.array(batch.tokens[i, :n]), batch.states[i, :n].get()) for i, n in enumerate(counts)]
+    for request, (tokens, states) in zip(requests, results, strict=True):
+        alone = engine.persistent(request)
+        same = first_difference(tokens, alone[0])
+        assert same >= 1
+        reference = alone[1][:same]
+        assert np.abs(states[:same] - reference).max() <= 0.1 * np.sqrt((reference**2).mean())
+
+
 def test_in_parts(engine: Engine) -> None:
     request = ask(PROMPTS[0], 40, temperature=0.8, seed=9)
     whole, parts = engine.persistent(request), engine.persistent(request, budget=7)
