@@ -122,7 +122,7 @@ struct Choir {
 #pragma unroll 1
         for (int pass = 0; pass < HEAD_PASSES; ++pass) {
             const Tiles part = tiles_of_pass<HEAD_PASSES>(mine, pass);
-            multiply<(HEAD_MOST + HEAD_PASSES - 1) / HEAD_PASSES, HIDDEN_STEPS>(
+            multiply<HEAD_PASS_TILES, HIDDEN_STEPS>(
                 worker.ring, part.count(), exchange.at(EX_HIDDEN), (part.begin - mine.begin) * TILE);
         }
         exchange.await(EX_SUMS);

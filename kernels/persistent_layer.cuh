@@ -339,7 +339,7 @@ struct Worker {
 #pragma unroll
         for (int pass = 0; pass < GATED_PASSES; ++pass) {
             const Tiles tiles = tiles_of_pass<GATED_PASSES>(gated, pass);
-            multiply<(GATED_MOST + GATED_PASSES - 1) / GATED_PASSES, HIDDEN_STEPS>(
+            multiply<GATED_PASS_TILES, HIDDEN_STEPS>(
                 ring, tiles.count(), exchange.at(EX_AFTER), (tiles.begin - gated.begin) * TILE);
         }
         MARK(16);

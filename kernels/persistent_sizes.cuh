@@ -45,6 +45,8 @@ constexpr int GATED_MOST = most_of_rank(GATED_TILES);
 constexpr int PASS_TILES = 6;  // of gate and up, or of the head, that one pass through the ring takes
 constexpr int GATED_PASSES = (GATED_MOST + PASS_TILES - 1) / PASS_TILES;
 constexpr int HEAD_PASSES = (HEAD_MOST + PASS_TILES - 1) / PASS_TILES;
+constexpr int GATED_PASS_TILES = (GATED_MOST + GATED_PASSES - 1) / GATED_PASSES;  // at most
+constexpr int HEAD_PASS_TILES = (HEAD_MOST + HEAD_PASSES - 1) / HEAD_PASSES;
 constexpr int larger(int a, int b) { return a > b ? a : b; }
 constexpr int MOST_TILES =
     larger(larger(GATED_MOST, HEAD_MOST), larger(most_of_rank(QKV_TILES), most_of_rank(HIDDEN_TILES)));
@@ -78,7 +80,7 @@ constexpr int chunks_of(int blocks) { return (blocks + CHUNK_BLOCKS - 1) / CHUNK
 static_assert(chunks_of(most_of_rank(HIDDEN_TILES) * GATED_STEPS) <= RING_SLOTS &&
                   chunks_of(most_of_rank(QKV_TILES) * HIDDEN_STEPS) <= RING_SLOTS &&
                   chunks_of(most_of_rank(HIDDEN_TILES) * ATTENDED_STEPS) <= RING_SLOTS &&
-                  chunks_of(PASS_TILES * HIDDEN_STEPS) <= RING_SLOTS,
+                  chunks_of(larger(GATED_PASS_TILES, HEAD_PASS_TILES) * HIDDEN_STEPS) <= RING_SLOTS,
               "the ring holds a product");
 
 // ---- shared memory, bytes from its base ----

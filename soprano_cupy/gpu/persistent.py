@@ -20,7 +20,7 @@ from ..cuda.module import DeviceFacts, load
 from ..errors import DeviceError
 from ..generation import LOOP_DISTANCE, LOOP_LENGTH
 from .launch import Launch
-from .persistent_schedule import CHUNK_BLOCKS, PASS_TILES, THREADS, WARPS, Shape, ceil
+from .persistent_schedule import CHUNK_BLOCKS, THREADS, WARPS, Shape, ceil
 from .persistent_weights import PersistentWeights, pack_persistent
 from .weights import Weights
 
@@ -314,14 +314,11 @@ def kernel_defines(shape: Shape, slots: int, dtype: str) -> tuple[tuple[str, int
 
 def least_slots(shape: Shape) -> int:
     """Chunks of the longest product, which the ring has to hold."""
-    hidden, qkv = ceil(shape.hidden_tiles, shape.ranks), ceil(shape.qkv_tiles, shape.ranks)
-    blocks = max(
-        hidden * shape.gated_steps,
-        hidden * shape.attended_steps,
-        qkv * shape.hidden_tiles,
-        PASS_TILES * shape.hidden_tiles,
-    )
-    return ceil(blocks, CHUNK_BLOCKS)
+    s = shape
+    hidden, qkv = ceil(s.hidden_tiles, s.ranks), ceil(s.qkv_tiles, s.ranks)
+    gated, head = ceil(s.gated_tiles, s.ranks), ceil(s.head_tiles, s.blocks)
+    tiles = max(qkv, ceil(gated, s.gated_passes), ceil(head, s.head_passes))
+    return ceil(max(hidden * max(s.gated_steps, s.attended_steps), tiles * s.hidden_tiles), CHUNK_BLOCKS)
 
 
 def scratch_words(shape: Shape) -> int:
