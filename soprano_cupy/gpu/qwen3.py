@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,11 @@ class GpuLanguageModel(LanguageModelRunner):
         self._lock = threading.Lock()
 
     @property
+    def forward(self) -> Forward:
+        """Plans the model's launches, for somebody who keeps sequences of his own."""
+        return self._forward
+
+    @property
     def weight_bytes(self) -> int:
         """GPU memory of the weights."""
         return self._weights.nbytes
@@ -130,6 +136,8 @@ class GpuLanguageModel(LanguageModelRunner):
             self._give_back(batch, len(requests))
 
     def _give_back(self, batch: Batch, count: int) -> None:
+        if sys.is_finalizing():  # a stream that was never read to its end; CuPy may be gone already
+            return
         batch.settle(count)
         with self._lock:
             self._idle = [*self._idle, batch][-IDLE_BATCHES:]
