@@ -51,7 +51,8 @@ class SopranoTTS:
 
     For `submit` alone: max_batch, sentences spoken at once on a device (by default 8 on the CPU, 256 on a GPU, at most
     2,048); max_memory, bytes that their buffers may take of a GPU; max_queue, requests that may wait; devices, such as
-    ("cuda:0", "cuda:1"), all that share the work (by default `device` alone).
+    ("cuda:0", "cuda:1"), all that share the work (by default `device` alone); invariant, on a GPU, the same bits whatever
+    is spoken beside, at some cost to small crowds (the CPU engine's never depend on that).
 
     `backend`, `cache_size_mb`, `decoder_batch_size` and `model_path` are accepted for programs written for the
     PyTorch package; only `model_path` has an effect: it is `model` by another name.
@@ -71,6 +72,7 @@ class SopranoTTS:
         max_memory: int | None = None,
         max_queue: int = 1024,
         devices: Sequence[str] | None = None,
+        invariant: bool = False,
         backend: str | None = None,
         cache_size_mb: int | None = None,
         decoder_batch_size: int | None = None,
@@ -92,7 +94,9 @@ class SopranoTTS:
         self._tokenizer = Tokenizer.load(folder)
         kept_in = settings.dtype(dtype)
         attending = settings.attention(attention)
-        self._crowd_plan = CrowdPlan(folder, kept_in, attending, max_batch, max_memory, max_queue, devices)
+        self._crowd_plan = CrowdPlan(
+            folder, kept_in, attending, max_batch, max_memory, max_queue, devices, bool(invariant)
+        )
         language_model, decoder = load_models(folder, self.device, kept_in, attending)
         self._tokenizer.check(language_model.config.vocab_size)
         if decoder.config.input_size != language_model.config.hidden_size:

@@ -31,6 +31,7 @@ class CrowdPlan:
     max_memory: int | None
     max_queue: int
     devices: Sequence[str] | None
+    invariant: bool = False
 
     def __post_init__(self) -> None:
         _whole("max_batch", self.max_batch, MOST_BATCH)
@@ -63,6 +64,15 @@ def open_crowd(plan: CrowdPlan, engine: Engine, max_text_length: int) -> Crowd:
 
 def make_device(engine: Engine, plan: CrowdPlan, most_prompt: int) -> Device:
     """The device that goes with an engine's runners."""
+    if type(engine.language_model).__name__ == "GpuLanguageModel" and type(engine.decoder).__name__ == "GpuDecoder":
+        from ..gpu.crowd_device import open_device
+
+        gpu_language_model: Any = engine.language_model
+        gpu_decoder: Any = engine.decoder
+        device: Device = open_device(
+            gpu_language_model, gpu_decoder, most_prompt, plan.max_batch, plan.max_memory, invariant=plan.invariant
+        )
+        return device
     return RunnerDevice(
         engine.language_model, engine.decoder, plan.max_batch or engine.language_model.batch, most_prompt
     )

@@ -77,6 +77,10 @@ class PromptTables:
     starts: int  # (sequences + 1,) first row of each sequence
     lengths: int  # (sequences,) keys of each sequence once its rows are stored
     queries: int  # (rows, q_heads, head_dim) Element, normalised and rotated
+    # (rows, kv_heads, head_dim) Element, or 0. Where they are given, rows are whole prompts, in any slots, which see
+    # these beside the cache's copies; else the sequences are those of slots `first_slot`, `first_slot` + 1, ...
+    new_keys: int = 0
+    new_values: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,15 +98,25 @@ class SamplePlaces:
 
 
 @dataclass(frozen=True)
+class EntryPlaces:
+    """Where sequences that enter a running decode step get their rows of it."""
+
+    step: Activations
+    target_rows: int  # (rows,) int32: of the step, for each that enters
+    slot_of_row: int  # of the step
+
+
+@dataclass(frozen=True)
 class RowRange:
     """The numbers of rows that one program serves."""
 
     least: int
     most: int
+    given_as: Symbol = Symbol.ROWS  # at each run, where there are several
 
     @property
     def symbol(self) -> int | Symbol:
-        return self.most if self.least == self.most else Symbol.ROWS
+        return self.most if self.least == self.most else self.given_as
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,7 @@ class PromptSizes:
     sequences: int
     first_slot: int
     longest: int  # rows of the longest sequence, about: decides the tiles
+    tiles_of: int = 0  # another number of sequences that decides the tiles
 
 
 class Forward:
@@ -121,13 +136,15 @@ class Forward:
         self.config, self.weights, self.dtype, self.facts = config, weights, dtype, facts
 
     def decode_layers(
-        self, a: Activations, cache: Cache, rows: int, slots: int, slot_of_row: int, workspace: int
+        self, a: Activations, cache: Cache, rows: int, slots: int, slot_of_row: int, workspace: int, kernels_of: int = 0
     ) -> Iterator[Launch]:
         """All layers for one new token in each of `rows` rows; row r is the sequence of slot slot_of_row[r].
 
-        slots: address of the `SlotState` records.
+        slots: address of the `SlotState` records. kernels_of: another number of rows, at least `rows`, whose kernels
+        these are to be, so that they add up in the same order; the program is run with `rows`.
         """
-        count = RowRange(rows, rows)
+        count = RowRange(1, kernels_of) if kernels_of else RowRange(rows, rows)
+        shape = self._attention_shape(kernels_of, cache.capacity) if kernels_of else None
         for i, layer in enumerate(self.weights.layers):
             yield self._qkv(a, layer, count)
             yield step.plan_attention_step(
@@ -136,7 +153,7 @@ class Forward:
                 attended_stride=padded(self.config.q_size), q_gain=_address(layer.q_norm),
                 k_gain=_address(layer.k_norm), rope=_address(self.weights.rope),
                 keys=self._of_layer(cache.keys, cache, i), values=self._of_layer(cache.values, cache, i),
-                capacity=cache.capacity, slot_of_row=slot_of_row, slots=slots, workspace=workspace,
+                capacity=cache.capacity, slot_of_row=slot_of_row, slots=slots, workspace=workspace, shape=shape,
             )  # fmt: skip
             yield from self._rest_of_layer(a, layer, i, count)
 
@@ -158,15 +175,17 @@ class Forward:
                 k_gain=_address(layer.k_norm), rope=_address(self.weights.rope), queries=tables.queries,
                 keys=self._of_layer(cache.keys, cache, i), values=self._of_layer(cache.values, cache, i),
                 capacity=cache.capacity, row_slots=tables.row_slots, row_positions=tables.row_positions,
+                packed_keys=tables.new_keys, packed_values=tables.new_values,
             )  # fmt: skip
             yield self._prompt_attention(a, i, cache, tables, rows, sizes)
             yield from self._rest_of_layer(a, layer, i, rows)
 
-    def head(self, a: Activations, rows: int, logits: int) -> Launch:
+    def head(self, a: Activations, rows: int | RowRange, logits: int) -> Launch:
         """Logits (rows, vocab) float32 of the residual stream, the final norm included."""
         c = self.config
+        count = RowRange(rows, rows) if isinstance(rows, int) else rows
         return self._linear(
-            End.STORE, RowRange(rows, rows), c.vocab_size, c.hidden_size, self.weights.head, a.hidden,
+            End.STORE, count, c.vocab_size, c.hidden_size, self.weights.head, a.hidden,
             square_sums=a.square_sums, output=logits, output_stride=c.vocab_size,
         )  # fmt: skip
 
@@ -181,15 +200,18 @@ class Forward:
             last_square_sums=target.square_sums + first * -(-c.hidden_size // TILE_FEATURES) * 4, stride=width,
         )  # fmt: skip
 
-    def sample(self, a: Activations, rows: int, places: SamplePlaces) -> Launch:
-        """The next token of each row, its state, and the next step's input in the same activations."""
+    def sample(self, a: Activations, rows: int, places: SamplePlaces, entry: EntryPlaces | None = None) -> Launch:
+        """The next token of each row, its state, and the next step's input in the same activations, or at `entry`."""
         c, w = self.config, self.weights
+        after = a if entry is None else entry.step
         return step.plan_sample(
             **self._facts(), rows=rows, hidden_size=c.hidden_size, vocab_size=c.vocab_size, end_token=c.eos_token_id,
             epsilon=c.rms_norm_eps, logits=places.logits, residual=a.residual, square_sums=a.square_sums,
             final_gain=_address(w.norm), embeddings=_address(w.embeddings), next_gain=_address(w.layers[0].input_norm),
-            next_residual=a.residual, next_hidden=a.hidden, next_square_sums=a.square_sums,
-            stride=padded(c.hidden_size), slot_of_row=places.slot_of_row, next_slot_of_row=places.slot_of_row,
+            next_residual=after.residual, next_hidden=after.hidden, next_square_sums=after.square_sums,
+            stride=padded(c.hidden_size), slot_of_row=places.slot_of_row,
+            next_slot_of_row=places.slot_of_row if entry is None else entry.slot_of_row,
+            target_rows=0 if entry is None else entry.target_rows,
             slots=places.slots, seen=places.seen, tokens=places.tokens, states=places.states,
             most_tokens=places.most_tokens, progress=places.progress,
         )  # fmt: skip
@@ -200,6 +222,14 @@ class Forward:
         return step.plan_final_norm(
             **self._facts(), rows=rows, hidden_size=c.hidden_size, epsilon=c.rms_norm_eps, residual=a.residual,
             square_sums=a.square_sums, gain=_address(self.weights.norm), states=states, stride=padded(c.hidden_size),
+        )  # fmt: skip
+
+    def _attention_shape(self, rows: int, capacity: int) -> step.AttentionStepShape:
+        """The thread blocks of a decode step's attention for so many rows."""
+        c = self.config
+        return step.attention_step_shape(
+            **self._facts(), rows=rows, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+            capacity=capacity,
         )  # fmt: skip
 
     def workspace_bytes(self, rows: int, capacity: int) -> int:
@@ -272,7 +302,9 @@ class Forward:
         """Queries packed by `starts` against the cache, from `first_slot` on."""
         c = self.config
         group = c.num_heads // c.num_kv_heads
-        problem = _PromptProblem(sizes.sequences, sizes.longest, sizes.longest, c.num_heads, c.num_kv_heads)
+        problem = _PromptProblem(
+            sizes.tiles_of or sizes.sequences, sizes.longest, sizes.longest, c.num_heads, c.num_kv_heads
+        )
         plan = prefill_attention.plan(
             compute_capability=self.facts.capability, dtype=self.dtype, head_dim=c.head_dim, group=group, causal=True,
             params_info=problem, multiprocessors=self.facts.multiprocessors,
@@ -284,11 +316,17 @@ class Forward:
         together = min(pairs, prefill_attention.PAIRS_TOGETHER)
         token = c.num_kv_heads * c.head_dim
         first = sizes.first_slot * cache.capacity * token * ITEM_BYTES
+        keys_of = {
+            "k": self._of_layer(cache.keys, cache, layer) + first,
+            "v": self._of_layer(cache.values, cache, layer) + first, "kv_lengths": tables.lengths,
+        }  # fmt: skip
+        fields = [Field(_offset("total_q"), Symbol.ROWS), Field(_offset("seqlen_q"), Symbol.LONGEST)]
+        if tables.new_keys:
+            keys_of = {"k": tables.new_keys, "v": tables.new_values, "cu_seqlens_k": tables.starts}
+            fields.append(Field(_offset("seqlen_k"), Symbol.LONGEST))
         params = np.zeros(1, PARAMS_DTYPE)
         for name, value in {
-            "q": tables.queries, "k": self._of_layer(cache.keys, cache, layer) + first,
-            "v": self._of_layer(cache.values, cache, layer) + first, "out": a.attended,
-            "cu_seqlens_q": tables.starts, "kv_lengths": tables.lengths,
+            "q": tables.queries, **keys_of, "out": a.attended, "cu_seqlens_q": tables.starts,
             "q_token_stride": c.q_size, "q_head_stride": c.head_dim,
             "k_batch_stride": cache.capacity * token, "k_token_stride": token, "k_head_stride": c.head_dim,
             "v_batch_stride": cache.capacity * token, "v_token_stride": token, "v_head_stride": c.head_dim,
@@ -306,7 +344,7 @@ class Forward:
             threads=plan.threads,
             shared_bytes=plan.shared_memory_bytes,
             params=params.tobytes(),
-            fields=(Field(_offset("total_q"), Symbol.ROWS), Field(_offset("seqlen_q"), Symbol.LONGEST)),
+            fields=tuple(fields),
             programmatic=False,  # the kernel does not wait by itself
         )
 

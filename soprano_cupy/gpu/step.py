@@ -8,7 +8,12 @@ symbols that a program is given at each run. `kernels/step_params.cuh` explains 
 from __future__ import annotations
 
 from ..generation import LOOP_DISTANCE, LOOP_LENGTH
-from .attention_step import attention_step_shape, attention_step_workspace_bytes, plan_attention_step
+from .attention_step import (
+    AttentionStepShape,
+    attention_step_shape,
+    attention_step_workspace_bytes,
+    plan_attention_step,
+)
 from .launch import Launch, Symbol
 from .slots import (
     FAILED,
@@ -26,7 +31,7 @@ from .slots import (
 from .step_launch import WARP, block_for_each, dtype_define, floats, ints, make_launch, param_struct
 
 __all__ = [
-    "FAILED", "LENGTH", "RUNNING", "SLOT_STATE", "STOP", "STUCK", "attention_step_shape",
+    "FAILED", "LENGTH", "RUNNING", "SLOT_STATE", "STOP", "STUCK", "AttentionStepShape", "attention_step_shape",
     "attention_step_workspace_bytes", "plan_attention_step", "plan_embed", "plan_final_norm", "plan_gather",
     "plan_qkv_finish", "plan_sample", "progress_count", "progress_status", "progress_stuck", "progress_token",
     "slot_state",

@@ -201,6 +201,13 @@ class GpuDecoder(DecoderRunner):
                 self._most_rows = self._slices.rows  # there is no memory for more
         return self._slices
 
+    def own_slices(self, *, one_class: bool = False) -> Slices:
+        """Activations and programs for somebody who decodes by himself, on the present device.
+
+        one_class: the same kernels for any number of frames, so that nothing depends on what is decoded together.
+        """
+        return make_slices(self.config, self._plan, self._most_rows, self._index, () if one_class else ROW_CLASSES)
+
     # -- streams ---------------------------------------------------------------------------------------------------
 
     def stream(self) -> DecoderStream:

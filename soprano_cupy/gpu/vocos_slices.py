@@ -21,20 +21,25 @@ LEAST_ROWS = 1024
 TABLES_UNDER_WAY = 2  # slices whose tables the host has written ahead
 
 
-def row_class(rows: int, capacity: int) -> RowRange:
+def row_class(rows: int, capacity: int, classes: Sequence[int] = ROW_CLASSES) -> RowRange:
     """The range of rows that one program serves, among which `rows` is."""
-    ends = (*(end for end in ROW_CLASSES if end < capacity), capacity)
+    ends = (*(end for end in classes if end < capacity), capacity)
     most = next(end for end in ends if end >= rows)
     return RowRange(max((end + 1 for end in ends if end < most), default=1), most)
 
 
 class Slices:
-    """Runs pieces of whole voices, up to `rows` frames at a time; nothing is allocated while it does."""
+    """Runs pieces of whole voices, up to `rows` frames at a time; nothing is allocated while it does.
 
-    def __init__(self, config: DecoderConfig, plan: Plan, rows: int, device: int) -> None:
+    classes: the most frames of each program but the largest. None, and a voice has the same bits whatever is beside it.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, plan: Plan, rows: int, device: int, classes: Sequence[int] = ROW_CLASSES
+    ) -> None:
         import cupy
 
-        self.rows, self._plan, self._device = rows, plan, device
+        self.rows, self._plan, self._device, self._classes = rows, plan, device, classes
         self._capacity = Capacity.of_rows(rows)
         tables = vocos_plan.table_specs(self._capacity)
         specs = tables | vocos_plan.activation_specs(config, self._capacity)
@@ -58,8 +63,13 @@ class Slices:
         tables = build_tables(pieces, shape.span_hops(hops, self._plan.facts.multiprocessors))
         self._turn = (self._turn + 1) % len(self._tables)
         self._tables[self._turn].send(tables, stream, samples=samples, pcm=pcm)
-        launches = self._program(row_class(len(tables.rows), self.rows))
+        launches = self._program(row_class(len(tables.rows), self.rows, self._classes))
         launches.run(stream, len(tables.rows), len(tables.tokens), len(tables.spans))
+
+    def prepare(self) -> None:
+        """Build every program now, so that no run waits for it."""
+        for rows in (*(end for end in self._classes if end < self.rows), self.rows):
+            self._program(row_class(rows, self.rows, self._classes))
 
     def _program(self, rows: RowRange) -> program.Program:
         if rows.most not in self._programs:
@@ -68,14 +78,16 @@ class Slices:
         return self._programs[rows.most]
 
 
-def make_slices(config: DecoderConfig, plan: Plan, rows: int, device: int) -> Slices:
+def make_slices(
+    config: DecoderConfig, plan: Plan, rows: int, device: int, classes: Sequence[int] = ROW_CLASSES
+) -> Slices:
     """`Slices` of `rows` frames, or of as many as there is memory for; `DeviceError` where there is too little."""
     import cupy
 
     wanted = rows
     while True:
         try:
-            return Slices(config, plan, rows, device)
+            return Slices(config, plan, rows, device, classes)
         except MemoryError as error:
             cupy.get_default_memory_pool().free_all_blocks()
             if rows <= LEAST_ROWS:

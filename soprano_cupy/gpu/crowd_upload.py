@@ -1,0 +1,95 @@
+"""What the host tells a crowd on the GPU: page-locked tables in turns, so that it never waits for a copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..crowd.device import Entry
+from . import program
+from .arena import Arena
+from .batch_sizes import Specs
+from .slots import slot_state
+
+TURNS = 4  # tables under way
+
+
+class Staging:
+    """Host tables for the buffers `specs` of an arena, which lie there side by side."""
+
+    def __init__(self, arena: Arena, specs: Specs) -> None:
+        self._names = list(specs)
+        self._target = arena.pointer(self._names[0])
+        end = arena.pointer(self._names[-1]) + int(arena[self._names[-1]].nbytes)
+        self._offsets = {name: arena.pointer(name) - self._target for name in self._names}
+        self._memories = [program.MappedMemory(end - self._target) for _ in range(TURNS)]
+        self._sent = [program.Event() for _ in range(TURNS)]
+        self._views = [self._view(memory, specs) for memory in self._memories]
+        self._turn = 0
+
+    def _view(self, memory: Any, specs: Specs) -> dict[str, np.ndarray]:
+        return {
+            name: np.frombuffer(memory.view(), np.dtype(dtype), math.prod(shape), self._offsets[name]).reshape(shape)
+            for name, (shape, dtype) in specs.items()
+        }
+
+    def begin(self) -> dict[str, np.ndarray]:
+        """Tables to be written; those of some turns ago, which have been read by now."""
+        self._turn = (self._turn + 1) % TURNS
+        self._sent[self._turn].synchronize()
+        return self._views[self._turn]
+
+    def send(self, stream: int, used: dict[str, int]) -> None:
+        """Copy the first so many rows of each table to the GPU, in the stream's order."""
+        from ._driver import copy
+
+        memory, views = self._memories[self._turn], self._views[self._turn]
+        for name, count in used.items():
+            offset = self._offsets[name]
+            nbytes = count * views[name].strides[0]
+            copy(self._target + offset, memory.host + offset, nbytes, stream)
+        self._sent[self._turn].record(stream)
+
+
+def write_entries(
+    tables: dict[str, np.ndarray],
+    entries: Sequence[Entry],
+    rows: Sequence[int],
+    bucket: int,
+    capacity: int,
+    tokens: int,
+) -> dict[str, int]:
+    """Fill the tables of a prefill; how much of each is used.
+
+    rows: of the decode step, for each entry. bucket: sequences that the program takes: those beyond are empty.
+    """
+    count = len(entries)
+    prompts = [entry.request.ids for entry in entries]
+    slots = np.array([entry.slot for entry in entries], np.int32)
+    lengths = np.array([len(ids) for ids in prompts])
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    held = np.zeros((count, tables["staged_seen"].shape[1] * 32), np.uint8)
+    for i, entry in enumerate(entries):
+        record = np.array(slot_state(entry.request, capacity, give_up=entry.give_up))
+        record["limit"] = min(int(record["limit"]), tokens)
+        tables["staged_slots"][i] = record.reshape(1).view(np.uint64)
+        held[i, entry.request.ids] = 1
+    tables["staged_seen"][:count] = np.packbits(held, axis=1, bitorder="little").view(np.uint32)
+    tables["entry_slots"][:bucket] = -1
+    tables["entry_slots"][:count] = slots
+    tables["target_rows"][:bucket] = 0
+    tables["target_rows"][:count] = rows
+    tables["starts"][0] = 0
+    tables["starts"][1 : count + 1] = ends
+    tables["starts"][count + 1 : bucket + 1] = total
+    tables["ids"][:total] = np.concatenate(prompts)
+    tables["row_slots"][:total] = np.repeat(slots, lengths)
+    tables["row_positions"][:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
+    return {
+        "staged_slots": count, "staged_seen": count, "entry_slots": bucket, "target_rows": bucket, "starts": bucket + 1,
+        "ids": total, "row_slots": total, "row_positions": total,
+    }  # fmt: skip

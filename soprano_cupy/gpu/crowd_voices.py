@@ -1,0 +1,185 @@
+"""Voices that are decoded piece by piece where their states lie: what each piece computes, and the samples it gives.
+
+Nothing is remembered of a voice but how many hops it has given. A piece computes the frames around its own anew, as the
+pieces of a whole voice that is too long for one launch do, so that joined they have the bits of the whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ..config import FRAMES_PER_TOKEN
+from ..crowd.device import Audio, Order
+from . import program
+from .vocos_tables import ENDLESS, FIRST_HOP, PARTS, Piece, frames_of, group_pieces, margins
+
+if TYPE_CHECKING:
+    from .vocos import GpuDecoder
+
+logger = logging.getLogger(__name__)
+
+CALLS = 2  # under way
+FLOAT_BYTES = 4
+
+
+class _Part(NamedTuple):
+    """Where an order's samples lie in its call's memory."""
+
+    order: Order
+    start: int  # bytes
+    nbytes: int
+
+
+class _Call(NamedTuple):
+    """A call under way."""
+
+    done: Any  # Event
+    block: Any  # page-locked memory
+    parts: list[_Part]
+
+
+def voice_pieces(
+    states: int, ring: int, count: int, *, ends: bool, given: int, output: int, margin: int, most_rows: int
+) -> Iterator[Piece]:
+    """What makes the hops that the first `count` states make final, but for the first `given`.
+
+    states: device address of (ring, input_size) float32. ends: there are no further ones. output: hops before these in
+    the call's memory. margin: of the decoder in all.
+    """
+    known = frames_of(count)
+    first, end = FIRST_HOP + given, known + 1 if ends else known - margin
+    most_hops = most_rows - 2 * margin - PARTS
+    for hop in range(first, end, most_hops):
+        end_hop = min(hop + most_hops, end)
+        first_frame, end_frame = max(0, hop - PARTS + 1 - margin), min(known, end_hop + margin)
+        yield Piece(
+            states=states,
+            ring=ring,
+            frames=known if ends else ENDLESS,
+            first_frame=first_frame,
+            end_frame=end_frame,
+            first_token=first_frame // FRAMES_PER_TOKEN,
+            end_token=(end_frame + FRAMES_PER_TOKEN - 2) // FRAMES_PER_TOKEN + 1,
+            first_hop=hop,
+            end_hop=end_hop,
+            output=output + hop - first,
+        )
+
+
+class VoiceDecoder:
+    """Answers orders for slots whose states lie in (slots, tokens, input_size) float32 on the device.
+
+    Work and copies go on streams of their own; `order` returns at once, `answers` never waits. Until it is answered, a
+    call has one of `CALLS` buffers to itself.
+    """
+
+    def __init__(self, decoder: GpuDecoder, states: Any, *, one_class: bool = False) -> None:
+        import cupy
+
+        self._config = decoder.config
+        self._slices = decoder.own_slices(one_class=one_class)
+        self._margin = margins(decoder.config).total
+        self._address, self._tokens = int(states.data.ptr), int(states.shape[1])
+        self._slot_bytes = int(states.strides[0])
+        self._given = np.zeros(len(states), np.int64)  # hops of each slot
+        self._owed = np.zeros(len(states), np.int64)  # orders of each slot that are not answered
+        self._hop_bytes = self._config.hop_length * FLOAT_BYTES
+        hops = max(self._slices.rows, FRAMES_PER_TOKEN * self._tokens) + PARTS
+        self._buffers = [cupy.empty(hops * self._hop_bytes, np.uint8) for _ in range(CALLS)]
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._copies = cupy.cuda.Stream(non_blocking=True)
+        self._computed = program.Event()
+        self._calls: deque[_Call] = deque()
+        self._turn = 0
+        self._slices.prepare()
+
+    @property
+    def nbytes(self) -> int:
+        """GPU memory of activations and samples."""
+        return int(self._slices.nbytes + sum(buffer.nbytes for buffer in self._buffers))
+
+    @property
+    def most_states(self) -> int:
+        """New states of one call."""
+        return int(self._slices.rows // FRAMES_PER_TOKEN)
+
+    @property
+    def room(self) -> int:
+        """Calls that can be begun now."""
+        return CALLS - len(self._calls)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._calls)
+
+    def owes(self, slot: int) -> bool:
+        """Whether an order of a slot is not answered yet."""
+        return bool(self._owed[slot])
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """Other voices are in these slots."""
+        self._given[list(slots)] = 0
+
+    def order(self, orders: Sequence[Order]) -> None:
+        """Queue what the orders need, where there is room. The states must have been written for good."""
+        import cupy
+
+        from ._driver import copy
+
+        buffer = self._buffers[self._turn]
+        address = int(buffer.data.ptr)
+        parts: list[_Part] = []
+        used = 0
+        for pcm in (False, True):
+            used = self._run([order for order in orders if order.pcm is pcm], address, used, parts, pcm=pcm)
+        self._computed.record(self._stream.ptr)
+        self._computed.hold(self._copies.ptr)
+        block = np.frombuffer(cupy.cuda.alloc_pinned_memory(max(1, used)), np.uint8, used)
+        if used:
+            copy(block.ctypes.data, address, used, self._copies.ptr)
+        done = program.Event()
+        done.record(self._copies.ptr)
+        self._turn = (self._turn + 1) % CALLS
+        self._calls.append(_Call(done, block, parts))
+
+    def _run(self, orders: Sequence[Order], address: int, used: int, parts: list[_Part], *, pcm: bool) -> int:
+        """Queue the orders of one kind, whose samples go behind the first `used` bytes; the bytes in use then."""
+        hop_bytes = self._hop_bytes // 2 if pcm else self._hop_bytes
+        pieces: list[Piece] = []
+        hops = 0
+        for order in orders:
+            slot = order.slot
+            first = hops
+            for piece in voice_pieces(
+                self._address + slot * self._slot_bytes, self._tokens, order.states, ends=order.ends,
+                given=int(self._given[slot]), output=hops, margin=self._margin, most_rows=self._slices.rows,
+            ):  # fmt: skip
+                pieces.append(piece)
+                hops = piece.output + piece.hops
+            self._given[slot] += hops - first
+            self._owed[slot] += 1
+            parts.append(_Part(order, used + first * hop_bytes, (hops - first) * hop_bytes))
+        for group in group_pieces(pieces, self._slices.rows) if pieces else []:
+            self._slices.run(group, self._stream.ptr, **{"pcm" if pcm else "samples": address + used})
+        return used + hops * hop_bytes
+
+    def answers(self) -> list[Audio]:
+        """What is done by now."""
+        audio = []
+        while self._calls and self._calls[0].done.done():
+            _, block, parts = self._calls.popleft()
+            for order, start, nbytes in parts:
+                kind = np.int16 if order.pcm else np.float32
+                audio.append(Audio(order.slot, block[start : start + nbytes].view(kind), order.ends))
+                self._owed[order.slot] -= 1
+        return audio
+
+    def synchronize(self) -> None:
+        """Wait for everything."""
+        self._stream.synchronize()
+        self._copies.synchronize()
