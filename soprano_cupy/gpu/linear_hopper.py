@@ -128,12 +128,25 @@ CANDIDATES = (
     Variant(1, 1, 1, 64, 9, 1, splits=4),
 )
 
+# What was the fastest on an H200, as places in CANDIDATES, by end, features, depth and rows; elsewhere the estimate decides.
+MEASURED: dict[tuple[End, int, int], dict[int, int]] = {
+    (End.STORE, 768, 512): {128: 2, 512: 0, 2048: 8},
+    (End.RESIDUAL, 512, 512): {128: 2, 512: 1, 2048: 10},
+    (End.RESIDUAL, 512, 2304): {128: 2, 512: 1, 1024: 16, 2048: 10},
+    (End.SWIGLU, 4608, 512): {128: 6, 512: 9, 2048: 14},
+    (End.STORE, 8192, 512): {128: 6, 512: 13, 2048: 11},
+    (End.GELU, 2304, 768): {8192: 9},
+    (End.ADD, 768, 2304): {8192: 9},
+    (End.STORE, 2050, 768): {8192: 12},
+}
+SIMILAR_ROWS = 1.3  # the largest ratio to a measured number of rows
+
 # The estimate, in cycles of a multiprocessor.
 PRODUCTS_A_CYCLE = 2048  # multiply-adds, 16-bit
 SHARED_BYTES_A_CYCLE = 128.0  # read by products and written by copies
 LOADED_BYTES_A_CYCLE = 48.0  # from the L2 cache into shared memory
-USABLE = {1: 1.0, 2: 1.0, 4: 0.97, 8: 0.85}  # share of the multiprocessors: a cluster lies within one of their groups
-ROUND_CYCLES = 1700.0  # from a stage's release to the next bytes in it
+PLACED_BLOCKS, PLACE_CYCLES = 64, 30.0  # blocks in clusters of four or more: beyond so many each one takes so long
+STEP_CYCLES = 340.0  # of 64 of the depth, however few products they are
 START_CYCLES = 1800.0  # until the first product: barriers, the first copies
 TURN_CYCLES = 300.0  # between the tiles of a block
 MERGE_CYCLES = 700.0  # until the last of a cluster's sums is there
@@ -189,16 +202,16 @@ def estimate(variant: Variant, request: LinearRequest) -> float:
     """Microseconds, roughly: what the table is ordered by."""
     columns, rows = -(-request.features // variant.features), -(-request.most_rows // variant.rows)
     blocks = columns * rows * variant.splits
-    usable = int(request.multiprocessors * USABLE[variant.splits])
-    turns = -(-blocks // (usable * variant.blocks))
+    turns = -(-blocks // (request.multiprocessors * variant.blocks))
     sharing = min(variant.blocks, -(-blocks // request.multiprocessors))  # blocks at work on a multiprocessor
     steps = -(-request.padded_depth // DEPTH_STEP // variant.splits)
-    waited = ROUND_CYCLES / variant.stages if steps > variant.stages else 0.0
-    main = steps * max(stage_cycles(variant) * sharing, waited)
+    main = steps * max(stage_cycles(variant) * sharing, STEP_CYCLES)
     end = variant.features * variant.rows * END_CYCLES[request.end] / variant.splits + END_LATENCY_CYCLES
     hidden = variant.groups > 1 or sharing > 1
     body = turns * (max(main, end) if hidden else main + end) + (end if hidden else 0.0)
     merge = MERGE_CYCLES + sharing * variant.landing_bytes / SENT_BYTES_A_CYCLE if variant.splits > 1 else 0.0
+    if variant.splits > 2:
+        merge += max(0, blocks - PLACED_BLOCKS) * PLACE_CYCLES
     again = TURN_CYCLES if variant.splits == 1 else START_CYCLES  # a cluster ends behind its tile, and another starts
     return (START_CYCLES + body + merge + (turns - 1) * again) / CYCLES_A_MICROSECOND
 
@@ -231,10 +244,13 @@ def measured(request: LinearRequest) -> str | None:
 
 
 def choose(request: LinearRequest) -> Variant:
-    """The variant that was measured to be best, else that with the shortest estimated time."""
-    name = measured(request)
-    found = [variant for variant in CANDIDATES if str(variant) == name and serves(variant, request)]
-    return found[0] if found else min((v for v in CANDIDATES if serves(v, request)), key=lambda v: estimate(v, request))
+    """The variant that was measured to be the fastest, or the one with the shortest estimated time."""
+    rows = request.most_rows
+    for measured, place in MEASURED.get((request.end, request.features, request.depth), {}).items():
+        similar = max(rows, measured) <= SIMILAR_ROWS * min(rows, measured)
+        if similar and serves(CANDIDATES[place], request):
+            return CANDIDATES[place]
+    return min((v for v in CANDIDATES if serves(v, request)), key=lambda v: estimate(v, request))
 
 
 def plan(request: LinearRequest, variant: Variant | None = None) -> Launch | None:
