@@ -134,6 +134,13 @@ DEVICE unsigned load_acquire(unsigned address) {
 DEVICE bool all_lanes(bool predicate) { return __all_sync(0xffffffffu, predicate); }
 DEVICE void launch_given_up() {}  // for the emulated machine: what is computed from here on is for nobody
 
+DEVICE int bits_set(unsigned mask) { return __popc(mask); }
+template <> DEVICE unsigned short load_shared<unsigned short>(unsigned address) {
+    unsigned short v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(address) : "memory");
+    return v;
+}
+
 // The compiler forgets where this value comes from, so that what is derived from it is not kept in registers over a loop.
 DEVICE void forget(unsigned& value) { asm volatile("" : "+r"(value)); }
 DEVICE void forget(int& value) { asm volatile("" : "+r"(value)); }

@@ -9,10 +9,28 @@ constexpr unsigned TOLD_AT = RECORD_AT + 64;                  // SlotState and t
 constexpr unsigned PARTS_AT = TOLD_AT + 80;                   // (best, id, least) of each warp
 constexpr unsigned CANCEL_AT = PARTS_AT + TEAM_WARPS * 16;    // 1: the host wants no more tokens
 constexpr unsigned NEWS_AT = CANCEL_AT + 4;                   // count of tokens that the clerk was told
-constexpr unsigned DISTANCES_AT = NEWS_AT + 12;
+constexpr unsigned FITS_AT = NEWS_AT + 12;                    // whether each warp's list holds what it keeps
+constexpr unsigned DISTANCES_AT = FITS_AT + TEAM_WARPS * 4;
 constexpr unsigned SEARCH_AT = aligned_16(DISTANCES_AT + DISTANCES * 4);
 constexpr unsigned SCORES_AT = SEARCH_AT + SEARCH_BYTES;
 constexpr unsigned PERSISTENT_SHARED_BYTES = SCORES_AT + SCORES_BYTES;
+
+// Scores in shared memory, and those ids that each warp kept, in a list of its own; or all of them.
+struct KeptScores {
+    unsigned scores, list;
+    int kept;  // of this warp; -1: every id
+
+    // The lists lie where the exchanges of a layer do: nobody sends before the token is known.
+    static constexpr int ROOM = static_cast<int>(SHARE_AT - exchange_at(0)) / (2 * TEAM_WARPS);  // ids of a warp
+
+    DEVICE int first() const { return kept < 0 ? static_cast<int>(threadIdx.x) : lane_index(); }
+    DEVICE int end() const { return kept < 0 ? VOCAB : kept; }
+    DEVICE int step() const { return kept < 0 ? THREADS : 32; }
+    DEVICE int id(int entry) const {
+        return kept < 0 ? entry : load_shared<unsigned short>(list + (warp_index() * ROOM + entry) * 2);
+    }
+    DEVICE float of(int id) const { return load_shared<float>(scores + id * 4); }
+};
 
 struct Sampler {
     const PersistentParams& p;
@@ -134,11 +152,34 @@ struct Sampler {
             all.order >= ORDER_OF_INFINITY || all.order <= ORDER_OF_MINUS_INFINITY || slot.count >= p.most_tokens;
         int token = static_cast<int>(all.id);
         if (!failed && !greedy) {
-            const Scores scores(base + SCORES_AT);
-            token = draw(scores, Extremes{all.order, all.id, all.least, 0.0f}, base + RECORD_AT, Search(base + SEARCH_AT));
+            const Extremes extremes{all.order, all.id, all.least, 0.0f};
+            token = draw(keep(extremes, slot), extremes, base + RECORD_AT, Search(base + SEARCH_AT));
         }
         sync();  // the record has been read
         if (threadIdx.x == 0) conclude(number, failed, token);
+    }
+
+    // The scores that weigh something: of a voice that has made up its mind these are few.
+    DEVICE KeptScores keep(const Extremes& extremes, const SlotState& slot) const {
+        KeptScores scores{base + SCORES_AT, base + exchange_at(0), 0};
+        const Softmax softmax(extremes.best, extremes.least, slot.scale_high, slot.scale_low);
+        bool fits = true;
+        for (int id = threadIdx.x; id < (VOCAB + 31) / 32 * 32; id += TEAM) {
+            const bool weighs = id < VOCAB && softmax.weighs(scores.of(id));
+            const unsigned lanes = lanes_where(weighs);
+            const int place = scores.kept + bits_set(lanes & ((1u << lane_index()) - 1u));
+            scores.kept += bits_set(lanes);
+            fits = fits && scores.kept <= KeptScores::ROOM;
+            if (weighs && fits)
+                store_shared<unsigned short>(scores.list + (warp_index() * KeptScores::ROOM + place) * 2,
+                                             static_cast<unsigned short>(id));
+        }
+        if (lane_index() == 0) store_shared<unsigned>(base + FITS_AT + warp_index() * 4, fits ? 1u : 0u);
+        sync();
+#pragma unroll
+        for (int w = 0; w < TEAM_WARPS; ++w) fits = fits && load_shared<unsigned>(base + FITS_AT + w * 4) != 0;
+        if (!fits) scores.kept = -1;
+        return scores;
     }
 
     // One thread: the record moves on, everybody is told the token, and the clerk gets to know.

@@ -43,8 +43,6 @@ struct Scores {
         }
     }
 
-    // Scores that lie in shared memory already (of a vocabulary that fits there), penalty and all: for `of` alone.
-    DEVICE explicit Scores(unsigned shared) : logits(nullptr), seen(nullptr), penalty(1.0f), smem(shared) {}
 
     DEVICE void penalise(const unsigned* slot_seen, float slot_penalty) {
         seen = slot_seen;
@@ -59,6 +57,12 @@ struct Scores {
     DEVICE static int own_id(int j) {
         return (j / VECTOR * THREADS + static_cast<int>(threadIdx.x)) * VECTOR + j % VECTOR;
     }
+    // As a list that the threads share: every id.
+    DEVICE static int first() { return threadIdx.x; }
+    DEVICE static int end() { return VOCAB; }
+    DEVICE static int step() { return THREADS; }
+    DEVICE static int id(int entry) { return entry; }
+
     // This thread's score j.
     DEVICE float own(int j) const {
         if constexpr (HELD)

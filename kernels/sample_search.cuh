@@ -76,6 +76,9 @@ struct Softmax {
         spread = range > STEPS * 1e-30f ? STEPS / range : 0.0f;
     }
 
+    // Whether a score weighs anything, or nearly so.
+    DEVICE bool weighs(float score) const { return (top - score) * scale_high < LEAST_EXPONENT; }
+
     DEVICE Weight weigh(float score) const {
         const float distance = top - score, exponent = distance * scale_high;
         if (!(exponent < LEAST_EXPONENT)) return {0, 0};
@@ -146,7 +149,8 @@ struct Found {
     Sum sum;  // of the weights up to it, its own included
 };
 
-// All threads of the block call the methods together.
+// All threads of the block call the methods together. A list of scores says which ones a thread looks at: entries
+// first(), first() + step(), ... below end(), each with an id; scores that weigh nothing need not be in it.
 class Search {
 public:
     DEVICE explicit Search(unsigned shared) : smem(shared) {}
@@ -159,7 +163,7 @@ public:
     }
 
     // The first level, which all searches share.
-    DEVICE void begin(const Scores& scores, const Softmax& softmax) const {
+    template <typename List> DEVICE void begin(const List& scores, const Softmax& softmax) const {
         count(scores, softmax, Prefix(), smem + FIRST_AT);
     }
 
@@ -172,7 +176,7 @@ public:
 
     // The first score at which the sum reaches `target`, which is between 1 and the sum of all and is looked at in the
     // first warp only.
-    DEVICE Found find(const Scores& scores, const Softmax& softmax, Sum target) const {
+    template <typename List> DEVICE Found find(const List& scores, const Softmax& softmax, Sum target) const {
         Prefix prefix;
         Sum before = 0;
         unsigned bins = smem + FIRST_AT;
@@ -196,9 +200,11 @@ private:
     DEVICE unsigned cell(unsigned digit) const { return smem + (digit * WARP_LANES + lane_index()) * 4; }
 
     // Sums and counts of the scores with this prefix, by their next digit, into `bins`. Ends with a barrier.
-    DEVICE void count(const Scores& scores, const Softmax& softmax, const Prefix& prefix, unsigned bins) const {
+    template <typename List>
+    DEVICE void count(const List& scores, const Softmax& softmax, const Prefix& prefix, unsigned bins) const {
 #pragma unroll 2
-        for (int id = threadIdx.x; id < VOCAB; id += THREADS) {
+        for (int entry = scores.first(); entry < scores.end(); entry += scores.step()) {
+            const int id = scores.id(entry);
             const float score = scores.of(id);
             const Weight weight = softmax.weigh(score);
             if (!weight.any() || !prefix.holds(softmax, score, id)) continue;
@@ -265,10 +271,12 @@ private:
     }
 
     // Among the `counted` scores with this prefix, the first at which the sum of their weights reaches `target`.
-    DEVICE Found compare(const Scores& scores, const Softmax& softmax, const Prefix& prefix, int counted, Sum before,
+    template <typename List>
+    DEVICE Found compare(const List& scores, const Softmax& softmax, const Prefix& prefix, int counted, Sum before,
                          Sum target) const {
 #pragma unroll 2
-        for (int id = threadIdx.x; id < VOCAB; id += THREADS) {
+        for (int entry = scores.first(); entry < scores.end(); entry += scores.step()) {
+            const int id = scores.id(entry);
             const float score = scores.of(id);
             const Weight weight = softmax.weigh(score);
             if (!weight.any() || !prefix.holds(softmax, score, id)) continue;

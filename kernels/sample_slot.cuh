@@ -67,7 +67,8 @@ DEVICE Sum share_passed(Sum kept, unsigned number) {
 
 // A token from softmax(scores / temperature), among the most likely whose probability reaches top_p. slot_smem: where the
 // slot's record is kept; what is needed once is read from there.
-DEVICE int draw(const Scores& scores, const Extremes& extremes, unsigned slot_smem, const Search& search) {
+template <typename List>
+DEVICE int draw(const List& scores, const Extremes& extremes, unsigned slot_smem, const Search& search) {
     const SlotState slot = SlotWords::kept(slot_smem).state();
     const Softmax softmax(extremes.best, extremes.least, slot.scale_high, slot.scale_low);
     search.begin(scores, softmax);

@@ -70,6 +70,15 @@ def test_sentences(
     check(h, request, h.run(h.prepare(request)), h.expected(request))
 
 
+@pytest.mark.parametrize(("config", "grid"), [(MQA, (2, 2, 1)), (GQA, (2, 4, 2)), (MQA, (2, 4, 1, 2))])
+def test_sizes_are_counted_alike(hosts: Callable[..., host.Host], config: Any, grid: tuple[int, ...]) -> None:
+    h = hosts(config, *grid)
+    library = h.library.library
+    assert library.persistent_shared_bytes() == persistent.shared_bytes(*h.grid)
+    assert library.persistent_words() == persistent.scratch_words(h.shape)
+    assert library.persistent_params_bytes() == persistent.params_dtype(h.shape.voices).itemsize
+
+
 def test_threads_in_another_order(hosts: Callable[..., host.Host]) -> None:
     h = hosts(MQA, 2, 2, 1)
     request = host.request(PROMPT, max_new_tokens=5, temperature=1.0, top_p=1.0, seed=2)

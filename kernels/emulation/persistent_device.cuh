@@ -112,6 +112,7 @@ inline void store_flag_shared(unsigned address, unsigned value) { store_release(
 inline unsigned load_flag_shared(unsigned address) { return load_acquire(address); }
 
 inline bool all_lanes(bool predicate) { return emulation::ballot(predicate) == 0xffffffffu; }
+inline int bits_set(unsigned mask) { return __builtin_popcount(mask); }
 inline void launch_given_up() { emulation::forgive_races(); }
 inline void forget(unsigned&) {}
 inline void forget(int&) {}

@@ -345,7 +345,7 @@ def shared_bytes(shape: Shape, slots: int) -> int:
     rules = ceil(shape.shared_bytes(slots), 16) * 16 + ceil(v * 4, 16) * 16
     seen = rules + ceil(v * 8, 16) * 16
     sampler = ceil(seen + v * head_rows(shape) // 8, 16) * 16
-    distances = sampler + 64 + 80 + WARPS * 16 + 4 + 12
+    distances = sampler + 64 + 80 + WARPS * 16 + 4 + 12 + WARPS * 4
     search = ceil(distances + shape.ranks * shape.owners * 4, 16) * 16
     return search + SEARCH_BYTES + ceil(shape.vocab, 4) * 16
 
