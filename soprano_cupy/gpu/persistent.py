@@ -9,6 +9,7 @@ sampling kernel has drawn at least one token, and leaves everything as that kern
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,7 +26,7 @@ from .persistent_weights import PersistentWeights, pack_persistent
 from .weights import Weights
 
 if TYPE_CHECKING:
-    from ._driver import Program
+    from ._driver import Event, Program
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +130,8 @@ class Grid(NamedTuple):
 class PersistentDecoder:
     """The persistent kernel for one model on one GPU, for up to `MOST_VOICES` sequences a launch.
 
-    Weights are packed at the first launch. One launch at a time: they share what lies between the blocks.
+    Weights are packed at the first launch. Launches share what lies between the blocks, and the GPU has room for one:
+    whatever streams they are given, they follow each other. Any thread may launch.
     """
 
     def __init__(
@@ -140,6 +142,8 @@ class PersistentDecoder:
         self._found: dict[int, Grid | str] = {}
         self._weights: dict[tuple[int, int], PersistentWeights] = {}
         self._programs: dict[tuple[Any, ...], Program] = {}
+        self._before: Event | None = None  # the end of the launch before
+        self._lock = threading.Lock()
 
     def problem(self, voices: int = 1) -> str | None:
         """Why so many voices are left to the graph path, as one line; None when the kernel serves them.
@@ -158,11 +162,16 @@ class PersistentDecoder:
         grid = self._grid(len(places))
         if isinstance(grid, str):
             raise DeviceError(f"the persistent decode kernel cannot run: {grid}")
-        from ._driver import copy
+        from ._driver import Event, copy
 
-        program = self._program(grid, tuple(places), common)
-        copy(int(self._scratch.data.ptr), int(self._zeros.data.ptr), int(self._zeros.nbytes), stream)
-        program.run(stream)
+        with self._lock:
+            program = self._program(grid, tuple(places), common)
+            if self._before is None:
+                self._before = Event()
+            self._before.hold(stream)
+            copy(int(self._scratch.data.ptr), int(self._zeros.data.ptr), int(self._zeros.nbytes), stream)
+            program.run(stream)
+            self._before.record(stream)
 
     def check(self) -> None:
         """Once the launch has ended: raises `DeviceError` where a wait of the kernel was given up."""
@@ -178,7 +187,7 @@ class PersistentDecoder:
     # ---- choosing a grid ----
 
     def _grid(self, voices: int) -> Grid | str:
-        """The grid for so many voices, or why there is none."""
+        """The grid for so many voices, or why there is none; threads that ask together may both look."""
         lanes = next((n for n in VOICES if n >= voices), 0)
         if not lanes or voices < 1:
             return f"{voices} voices at once are more than {VOICES[-1]}"
