@@ -1,0 +1,286 @@
+"""Many voices at once: throughput against batch, and latency of live streams that arrive at random.
+
+    python benchmarks/crowd.py [--smoke] [--device cuda] [--gpus 1,2,4] [--batches 1,8,...] [--streams 1,10,...]
+                               [--seconds 10] [--model FOLDER] [--invariant] [--out FILE]
+
+The checkpoint is a random one of Soprano-1.1-80M's shape unless --model names another. Texts are random words of 20 to
+200 characters; each sentence is held to between 40 and 200 tokens, drawn at random, 120 on average: 7.7 s of sound.
+
+crowd/throughput/B* seconds of sound in a second, texts in (normalised, cut and tokenised by one thread), 16-bit samples
+in host memory out, at most B sentences at once; crowd/tokens_in/B* the same from token ids. /gpus2 and /gpus4: on
+several GPUs, B for each. crowd/live/N*: N streams being listened to at a time on average (Poisson arrivals, each
+played at real time from its first sample): first_audio, finish and silence in milliseconds, medians with p95 and p99
+in `peer`; dry: streams in a thousand that fell silent; refused: requests in a thousand that were sent away (`Busy`).
+crowd/cancel: milliseconds from `cancel` until the slot is free. memory: GPU bytes of the crowd's buffers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.common import RESULTS, Row, machine_facts, write_results
+from benchmarks.random_text import sentences
+from soprano_cupy import Busy, SopranoTTS
+from soprano_cupy.config import SAMPLE_RATE_HZ, TOKEN_SAMPLES
+from soprano_cupy.crowd.job import Wish
+from soprano_cupy.crowd.speech import Speech
+from soprano_cupy.generation import Request
+from soprano_cupy.testing import SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER, TINY, make_checkpoint
+
+LIMIT = 83_000.0  # times real time, of an H200: the arithmetic of both networks at the rates it reaches
+TOKENS = (40, 200)  # of a sentence
+BATCHES, STREAMS = (1, 8, 32, 128, 256, 512, 1024, 2048), (1, 10, 100, 500, 1000)
+PERCENTILES = (50, 95, 99)
+
+
+class Subject:
+    """A voice and sentences for it."""
+
+    def __init__(self, folder: Path, device: str, gpus: int, batch: int, *, invariant: bool, tokens: tuple[int, int]):
+        devices = [f"cuda:{i}" for i in range(gpus)] if device != "cpu" else ["cpu"]
+        self.tts = SopranoTTS(
+            folder, device=devices[0], devices=devices, max_batch=batch, max_queue=1 << 20, invariant=invariant
+        )
+        self._random, self._tokens = random.Random(5), tokens
+        self.texts = sentences(4096, seed=3)
+
+    def crowd(self) -> Any:
+        return self.tts._opened()
+
+    def request(self, text: str) -> list[Request]:
+        """A text's sentences with lengths drawn at random."""
+        params = self.tts_params()
+        return [replace(r, params=self._held(params)) for r in self.tts._requests(text, params)]
+
+    def tts_params(self) -> Any:
+        from soprano_cupy.sampling import SamplingParams
+
+        return SamplingParams(temperature=0.3, seed=self._random.getrandbits(32))
+
+    def _held(self, params: Any) -> Any:
+        return replace(params, max_new_tokens=self._random.randint(*self._tokens))
+
+    def memory(self) -> int:
+        return sum(int(getattr(device, "nbytes", 0)) for device in self.crowd().devices)
+
+
+def throughput(subject: Subject, batch: int, *, text_in: bool, seconds: float) -> float:
+    """Seconds of sound in a second of a full house, from the middle of many sentences."""
+    crowd, wish = subject.crowd(), Wish(pcm=True)
+    texts = iter(lambda: subject._random.choice(subject.texts), None)
+    ready = None if text_in else [subject.request(next(texts)) for _ in range(min(2048, 4 * batch))]
+    samples, lock = [0], threading.Lock()
+    waiting = threading.Semaphore(2 * batch + 8)  # enough that slots never wait for a sentence
+
+    def ended(speech: Any) -> None:
+        count = len(speech.result())
+        with lock:
+            samples[0] += count
+        waiting.release()
+
+    stop = threading.Event()
+
+    def feed() -> None:
+        index = 0
+        while not stop.is_set():
+            waiting.acquire()
+            wanted = subject.request(next(texts)) if ready is None else ready[index % len(ready)]
+            index += 1
+            crowd.submit(wanted, wish).add_done_callback(ended)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    time.sleep(seconds / 2)
+    with lock:
+        begin, before = time.perf_counter(), samples[0]
+    time.sleep(seconds)
+    with lock:
+        end, after = time.perf_counter(), samples[0]
+    stop.set()
+    waiting.release()
+    feeder.join()
+    drain(crowd)
+    return (after - before) / SAMPLE_RATE_HZ / (end - begin)
+
+
+def drain(crowd: Any) -> None:
+    """Wait until nothing is left to do."""
+    while crowd.scheduler.unfinished:
+        time.sleep(0.005)
+
+
+class Listener:
+    """One live stream: when its chunks came, and how long it would have been silent."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.first: float | None = None
+        self.last = self.begin
+        self.heard_s = self.silent_s = 0.0
+
+    def hear(self, samples: int) -> None:
+        now = time.perf_counter()
+        if self.first is None:
+            self.first = now
+        else:
+            self.silent_s += max(0.0, now - (self.first + self.heard_s + self.silent_s))
+        self.heard_s += samples / SAMPLE_RATE_HZ
+        self.last = now
+
+
+class Heard(Speech):
+    """A stream whose listener hears each chunk in the moment in which it comes."""
+
+    listener: Listener
+
+    def add_chunk(self, samples: np.ndarray) -> None:
+        self.listener.hear(len(samples))
+        super().add_chunk(samples)
+
+
+def live(subject: Subject, streams: int, seconds: float) -> tuple[list[Listener], int]:
+    """Listeners that arrive at random so that `streams` are there at a time; and how many were refused."""
+    crowd = subject.crowd()
+    mean_s = sum(subject._tokens) / 2 * TOKEN_SAMPLES / SAMPLE_RATE_HZ
+    rng = random.Random(streams)
+    ready = [subject.request(subject._random.choice(subject.texts)) for _ in range(256)]
+    listeners: list[Listener] = []
+    refused = 0
+    at = end = time.perf_counter()
+    end += seconds
+    while at < end:
+        time.sleep(max(0.0, at - time.perf_counter()))
+        listener = Listener()
+        try:
+            _submit(crowd, ready[rng.randrange(len(ready))], listener)
+            listeners.append(listener)
+        except Busy:
+            refused += 1
+        at += rng.expovariate(streams / mean_s)
+    drain(crowd)
+    return listeners, refused
+
+
+def _submit(crowd: Any, requests: Sequence[Request], listener: Listener) -> None:
+    """Submit a stream whose chunks go to a listener from the first on."""
+    with crowd.scheduler.lock:  # nothing comes before the listener is there
+        speech = crowd.submit(requests, Wish(stream=True, pcm=True))
+        speech.__class__ = Heard
+        speech.listener = listener
+
+
+def cancel_ms(subject: Subject, times: int) -> list[float]:
+    """Milliseconds from `cancel` until the device has all its slots again, with one voice running."""
+    crowd = subject.crowd()
+    driver = crowd._workers[0].driver
+    found = []
+    for _ in range(times):
+        speech = crowd.submit(subject.request(subject.texts[0])[:1], Wish(stream=True))
+        next(iter(speech), None)
+        begin = time.perf_counter()
+        speech.cancel()
+        while driver.free < driver.slots:
+            time.sleep(2e-5)
+        found.append(1e3 * (time.perf_counter() - begin))
+    return found
+
+
+def percentiles(case: str, values: Sequence[float]) -> Row:
+    """A row of milliseconds with p95 and p99."""
+    p50, p95, p99 = np.percentile(values, PERCENTILES).tolist()
+    return Row(case, p50, "ms", len(values), p99=p99, peer={"p95": p95, "p99": p99})
+
+
+def live_rows(subject: Subject, streams: int, seconds: float, place: str) -> Iterator[Row]:
+    listeners, refused = live(subject, streams, seconds)
+    heard = [listener for listener in listeners if listener.first is not None]
+    case = f"crowd/live/N{streams}{place}"
+    if not heard:
+        return
+    yield percentiles(f"{case}/first_audio", [1e3 * (x.first - x.begin) for x in heard if x.first is not None])
+    yield percentiles(f"{case}/finish", [1e3 * (x.last - x.begin) for x in heard])
+    yield percentiles(f"{case}/silence", [1e3 * x.silent_s for x in heard])
+    yield Row(f"{case}/dry", 1e3 * sum(x.silent_s > 0 for x in heard) / len(heard), "per mille", len(heard))
+    yield Row(f"{case}/refused", 1e3 * refused / (len(listeners) + refused), "per mille", len(listeners) + refused)
+
+
+def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
+    rows: list[Row] = []
+    tokens = (6, 20) if options.smoke else TOKENS
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        sys.stdout.write(f"{row.case:44} {row.value:12.4g} {row.unit} {row.peer or ''}\n")
+        sys.stdout.flush()
+
+    for gpus in options.gpus:
+        place = "" if gpus == 1 else f"/gpus{gpus}"
+        for batch in options.batches:
+            subject = Subject(folder, options.device, gpus, batch, invariant=options.invariant, tokens=tokens)
+            with subject.tts:
+                if options.device != "cpu":
+                    add(Row(f"crowd/memory/B{batch}{place}", subject.memory() / 1e6, "MB", 1))
+                for name, text_in in (("tokens_in", False), ("throughput", True)):
+                    made = throughput(subject, batch * gpus, text_in=text_in, seconds=options.seconds)
+                    limit = LIMIT * gpus if options.device != "cpu" else None
+                    share = made / limit if limit else None
+                    add(Row(f"crowd/{name}/B{batch}{place}", made, "x real time", 1, limit=limit, share_of_limit=share))
+        subject = Subject(folder, options.device, gpus, options.live_batch, invariant=options.invariant, tokens=tokens)
+        with subject.tts:
+            throughput(subject, 1, text_in=False, seconds=0.2)
+            for streams in options.streams:
+                for row in live_rows(subject, streams, options.seconds, place):
+                    add(row)
+            add(percentiles(f"crowd/cancel{place}", cancel_ms(subject, 20)))
+    return rows
+
+
+def main() -> int:
+    def numbers(text: str) -> list[int]:
+        return [int(word) for word in text.split(",") if word]
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, to try the program itself")
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--gpus", type=numbers, default=[1])
+    parser.add_argument("--batches", type=numbers, default=list(BATCHES))
+    parser.add_argument("--streams", type=numbers, default=list(STREAMS))
+    parser.add_argument("--live-batch", type=int, default=512, help="voices at once of the live part, for each GPU")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--invariant", action="store_true")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if options.smoke:
+        options.device, options.batches, options.streams, options.live_batch = "cpu", [1, 4], [2], 4
+        options.seconds = min(options.seconds, 0.4)
+    logging.getLogger("soprano_cupy.crowd.driver").setLevel(logging.ERROR)  # sentences are held to lengths on purpose
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model
+        if folder is None:
+            config, decoder = (TINY, None) if options.smoke else (SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER)
+            folder = make_checkpoint(scratch, seed=0, config=config, decoder=decoder, mean_tokens=None)
+        facts = machine_facts(gpu=options.device != "cpu")
+        rows = measure(options, folder)
+    label = facts["machine"] if options.device != "cpu" else "cpu"
+    limits = {"throughput_x": LIMIT} if options.device != "cpu" else {}
+    write_results(options.out or RESULTS / f"{label}-crowd.json", "crowd", facts, limits, rows, 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
