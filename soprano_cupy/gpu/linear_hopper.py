@@ -43,6 +43,7 @@ class Variant:
     consumer_registers: int = 0  # 0: as launched
     producer_registers: int = 0
     splits: int = 1  # blocks of a cluster that divide the depth of one tile
+    depths: int = 1  # groups of warpgroups of a block that divide its depth further
 
     @property
     def features(self) -> int:
@@ -50,7 +51,7 @@ class Variant:
 
     @property
     def consumers(self) -> int:
-        return self.groups * self.warpgroups
+        return self.groups * self.warpgroups * self.depths
 
     @property
     def threads(self) -> int:
@@ -61,15 +62,20 @@ class Variant:
         return (self.features + self.rows) * DEPTH_STEP * ELEMENT_BYTES
 
     @property
+    def shares(self) -> int:
+        """Groups that have sums of one tile, and bring a part of its rows to their end."""
+        return self.splits * self.depths
+
+    @property
     def landing_bytes(self) -> int:
-        """Sums that a block gets from the others of its cluster."""
-        return (self.splits - 1) * self.features * self.rows // self.splits * SUM_BYTES
+        """Sums that the groups of a block get from the others, of their own block too."""
+        return (self.shares - 1) * self.depths * self.features * self.rows // self.shares * SUM_BYTES
 
     @property
     def shared_bytes(self) -> int:
         """Room to align, the ring, the staging areas, other blocks' sums, the norm's factors, the barriers."""
         ring = self.stages * self.stage_bytes + self.consumers * STAGING_BYTES
-        barriers = 8 * (2 * self.stages + 2 * FACTOR_SLOTS + 1)
+        barriers = 8 * (2 * self.stages + 2 * FACTOR_SLOTS + self.depths)
         return ALIGNMENT_BYTES + ring + self.landing_bytes + FACTOR_SLOTS * self.rows * SUM_BYTES + barriers
 
     @property
@@ -78,7 +84,14 @@ class Variant:
         return self.products * self.rows // 2
 
     def __str__(self) -> str:
-        parts = {"g": self.groups, "w": self.warpgroups, "s": self.stages, "b": self.blocks, "c": self.splits}
+        parts = {
+            "g": self.groups,
+            "w": self.warpgroups,
+            "s": self.stages,
+            "b": self.blocks,
+            "c": self.splits,
+            "d": self.depths,
+        }
         return f"{self.features}x{self.rows} " + " ".join(f"{name}{count}" for name, count in parts.items())
 
     @property
@@ -91,6 +104,7 @@ class Variant:
             ("STAGES", self.stages),
             ("BLOCKS", self.blocks),
             ("SPLITS", self.splits),
+            ("DEPTHS", self.depths),
             ("CONSUMER_REGISTERS", self.consumer_registers),
             ("PRODUCER_REGISTERS", self.producer_registers),
         )
@@ -126,9 +140,16 @@ CANDIDATES = (
     Variant(1, 1, 1, 64, 8, 1),  # 64 x 64
     Variant(1, 1, 1, 64, 10, 1, splits=2),
     Variant(1, 1, 1, 64, 9, 1, splits=4),
+    # Two or four groups of a block take steps of the depth by turns: a step's latency is that of so many at once.
+    Variant(1, 1, 1, 64, 8, 1, depths=2),  # 64 x 64
+    Variant(1, 1, 1, 64, 8, 1, splits=2, depths=2),
+    Variant(1, 1, 1, 64, 8, 1, splits=2, depths=4),
+    Variant(1, 1, 1, 128, 6, 1, 224, 56, depths=2),  # 64 x 128
+    Variant(1, 1, 1, 128, 6, 1, 224, 56, splits=2, depths=2),
 )
 
-# What was the fastest on an H200, as places in CANDIDATES, by end, features, depth and rows; elsewhere the estimate decides.
+# What was the fastest on an H200, as places in CANDIDATES, by end, features, depth and rows; elsewhere the estimate
+# decides.
 MEASURED: dict[tuple[End, int, int], dict[int, int]] = {
     (End.STORE, 768, 512): {128: 2, 512: 0, 2048: 8},
     (End.RESIDUAL, 512, 512): {128: 2, 512: 1, 2048: 10},
@@ -176,16 +197,16 @@ def refusal(request: LinearRequest) -> str | None:
 
 def serves(variant: Variant, request: LinearRequest) -> bool:
     """Whether the variant has registers enough for the end, and the depth something for every block of a cluster."""
-    many, wide = variant.consumers > 2, variant.accumulators > 64
+    many, wide = variant.consumers > 2 and variant.depths == 1, variant.accumulators > 64
     if request.end == End.RESIDUAL and (many or wide or variant.products > 1):
         return False
     if request.end in (End.GELU, End.ADD) and many and wide:
         return False
-    halves = variant.splits == 2 and variant.accumulators > 32  # what is sent, what is kept, and the stream before
+    halves = variant.shares == 2 and variant.accumulators > 32  # what is sent, what is kept, and the stream before
     if halves and (request.end == End.ADD or (request.end == End.RESIDUAL and variant.consumers < 2)):
         return False
     matrices_rows = {End.GELU: 16, End.SWIGLU: 32}.get(request.end, 8)  # that the end takes at a time
-    return request.padded_depth // DEPTH_STEP >= variant.splits and variant.rows // variant.splits >= matrices_rows
+    return request.padded_depth // DEPTH_STEP >= variant.shares and variant.rows // variant.shares >= matrices_rows
 
 
 def stage_cycles(variant: Variant) -> float:
@@ -205,14 +226,14 @@ def estimate(variant: Variant, request: LinearRequest) -> float:
     turns = -(-blocks // (request.multiprocessors * variant.blocks))
     sharing = min(variant.blocks, -(-blocks // request.multiprocessors))  # blocks at work on a multiprocessor
     steps = -(-request.padded_depth // DEPTH_STEP // variant.splits)
-    main = steps * max(stage_cycles(variant) * sharing, STEP_CYCLES)
-    end = variant.features * variant.rows * END_CYCLES[request.end] / variant.splits + END_LATENCY_CYCLES
+    main = steps * max(stage_cycles(variant) * sharing, STEP_CYCLES / variant.depths)
+    end = variant.features * variant.rows * END_CYCLES[request.end] / variant.shares + END_LATENCY_CYCLES
     hidden = variant.groups > 1 or sharing > 1
     body = turns * (max(main, end) if hidden else main + end) + (end if hidden else 0.0)
-    merge = MERGE_CYCLES + sharing * variant.landing_bytes / SENT_BYTES_A_CYCLE if variant.splits > 1 else 0.0
+    merge = MERGE_CYCLES + sharing * variant.landing_bytes / SENT_BYTES_A_CYCLE if variant.shares > 1 else 0.0
     if variant.splits > 2:
         merge += max(0, blocks - PLACED_BLOCKS) * PLACE_CYCLES
-    again = TURN_CYCLES if variant.splits == 1 else START_CYCLES  # a cluster ends behind its tile, and another starts
+    again = TURN_CYCLES if variant.shares == 1 else START_CYCLES  # a cluster ends behind its tile, and another starts
     return (START_CYCLES + body + merge + (turns - 1) * again) / CYCLES_A_MICROSECOND
 
 
@@ -263,7 +284,7 @@ def plan(request: LinearRequest, variant: Variant | None = None) -> Launch | Non
         return None
     variant = variant or choose(request)
     tiles = -(-request.features // variant.features) * -(-request.most_rows // variant.rows)
-    most = request.multiprocessors * variant.blocks if variant.splits == 1 else tiles
+    most = request.multiprocessors * variant.blocks if variant.shares == 1 else tiles
     blocks = min(tiles, most) * variant.splits
     return Launch(
         source=SOURCE,
