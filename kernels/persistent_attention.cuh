@@ -145,7 +145,7 @@ struct Place {
     int head, kv, voice;  // of the cluster's heads, of its key-value heads, of the voices
     int part, dims;       // share of the keys, share of the dimensions
 
-    DEVICE explicit Place(int rank)
+    DEVICE explicit Place(unsigned rank)
         : head(rank / RANKS_OF_HEAD),
           kv(LOCAL_HEADS < GROUP ? 0 : rank / RANKS_OF_HEAD / GROUP),
           voice(rank % RANKS_OF_HEAD / RANKS_OF_VOICE),

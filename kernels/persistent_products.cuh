@@ -17,22 +17,23 @@ template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsi
     constexpr int MOST = (DEPTH + TEAM_WARPS - 1) / TEAM_WARPS;
     constexpr int BATCHES = (MOST * TILES + LOADS - 1) / LOADS;
     constexpr int BATCH = (MOST + BATCHES - 1) / BATCHES;
-    const int warp = warp_index(), lane = lane_index();
-    const int begin = DEPTH * warp / TEAM_WARPS, end = DEPTH * (warp + 1) / TEAM_WARPS;
+    // Unsigned throughout: quotients are shifts, and this is on the way from one exchange to the next.
+    const unsigned warp = warp_index(), lane = lane_index();
+    const unsigned begin = DEPTH * warp / TEAM_WARPS, end = DEPTH * (warp + 1) / TEAM_WARPS;
     // Columns beyond the voices repeat them; nobody reads those.
-    const unsigned vector = vectors + lane / 4 % VOICES * vector_stride(DEPTH * TILE);
+    const unsigned vector = vectors + lane / 4 % VOICES * vector_stride(DEPTH * TILE) + lane % 4 * 4;
     if (tiles > 0) {
         ring.await(begin * tiles, end * tiles);
         float sums[TILES][4] = {};
 #pragma unroll 1
-        for (int k = begin; k < end; k += BATCH) {
+        for (unsigned k = begin; k < end; k += BATCH) {
             uint4 weights[BATCH][TILES];
             unsigned low[BATCH], high[BATCH];
 #pragma unroll
             for (int i = 0; i < BATCH; ++i) {
                 const bool more = DEPTH % (TEAM_WARPS * BATCH) == 0 || k + i < end;
-                const int step = more ? k + i : end - 1;
-                const unsigned at = vector + step * 32 + lane % 4 * 4;
+                const unsigned step = more ? k + i : end - 1;
+                const unsigned at = vector + step * 32;
                 low[i] = load_shared<unsigned>(at);
                 high[i] = load_shared<unsigned>(at + 16);
                 if (!more) low[i] = high[i] = 0u;
@@ -49,7 +50,7 @@ template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsi
             }
         }
         // Columns 2 t and 2 t + 1 of the result: rows g and g + 8.
-        const int voice = lane % 4 * 2;
+        const unsigned voice = lane % 4 * 2;
         const unsigned at = partial_row(ring.base, warp, voice, first_row + lane / 4);
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {

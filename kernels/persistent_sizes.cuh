@@ -71,11 +71,16 @@ struct Tiles {
     int begin, end;
     DEVICE int count() const { return end - begin; }
 };
-DEVICE Tiles tiles_of(int tiles, int rank) { return {tiles * rank / RANKS, tiles * (rank + 1) / RANKS}; }
-template <int PASSES> DEVICE Tiles tiles_of_pass(Tiles all, int pass) {
-    return {all.begin + all.count() * pass / PASSES, all.begin + all.count() * (pass + 1) / PASSES};
+DEVICE Tiles tiles_of(unsigned tiles, unsigned rank) {
+    return {static_cast<int>(tiles * rank / RANKS), static_cast<int>(tiles * (rank + 1) / RANKS)};
 }
-DEVICE Tiles head_tiles(int block) { return {HEAD_TILES * block / BLOCKS, HEAD_TILES * (block + 1) / BLOCKS}; }
+template <int PASSES> DEVICE Tiles tiles_of_pass(Tiles all, int pass) {
+    const unsigned count = all.count(), index = pass;
+    return {all.begin + static_cast<int>(count * index / PASSES), all.begin + static_cast<int>(count * (index + 1) / PASSES)};
+}
+DEVICE Tiles head_tiles(unsigned block) {
+    return {static_cast<int>(HEAD_TILES * block / BLOCKS), static_cast<int>(HEAD_TILES * (block + 1) / BLOCKS)};
+}
 constexpr int chunks_of(int blocks) { return (blocks + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS; }
 static_assert(chunks_of(most_of_rank(HIDDEN_TILES) * GATED_STEPS) <= RING_SLOTS &&
                   chunks_of(most_of_rank(QKV_TILES) * HIDDEN_STEPS) <= RING_SLOTS &&

@@ -28,18 +28,20 @@ struct Ring {
     unsigned products = 0;  // that this warp has read
 
     // Waits for the chunks that hold blocks [begin, end) of the product.
-    DEVICE void await(int begin, int end) const {
+    DEVICE void await(unsigned begin, unsigned end) const {
         if (begin >= end) return;
-        for (int i = begin / CHUNK_BLOCKS; i <= (end - 1) / CHUNK_BLOCKS; ++i) {
-            Chunk chunk = first;
-            chunk.advance(i);
-            const unsigned barrier = base + full_barrier(chunk.slot);
-            spin_until(watch, 1, [=] { return barrier_done(barrier, chunk.parity); });
+        Chunk chunk = first;
+        chunk.advance(begin / CHUNK_BLOCKS);
+#pragma unroll 1
+        for (unsigned left = (end - 1) / CHUNK_BLOCKS - begin / CHUNK_BLOCKS + 1; left > 0; --left) {
+            const unsigned barrier = base + full_barrier(chunk.slot), parity = chunk.parity;
+            spin_until(watch, 1, [=] { return barrier_done(barrier, parity); });
+            chunk.advance(1);
         }
     }
 
     // This lane's words of a block of the product.
-    DEVICE uint4 block(int index) const {
+    DEVICE uint4 block(unsigned index) const {
         unsigned at = first.slot * CHUNK_BYTES + index * BLOCK_BYTES;
         if (at >= RING_SLOTS * CHUNK_BYTES) at -= RING_SLOTS * CHUNK_BYTES;
         return load_shared<uint4>(base + RING_AT + at + lane_index() * 16);

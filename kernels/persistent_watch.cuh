@@ -21,28 +21,35 @@ struct Watch {
         store_flag_shared(dead, 1u);
         if (load_flag(error) == 0) store_flag(error, code);
     }
-    DEVICE void give_up(unsigned code) const {
-        if (lane_index() == 0) mark(code);
-        sync_warp();
-    }
 };
 
 // Warps that wait for others' progress are more patient than those, so that the error names what was first.
 constexpr long long PATIENT = 2LL * SPIN_LIMIT_CYCLES;
+constexpr unsigned TURNS = 32;  // of a spin between two looks at the clock
+constexpr long long GIVEN_UP = -1;
+
+// A look at the clock by a whole warp that waits since `start` (0: this is its first look): when it began, or GIVEN_UP. A
+// function of its own, because the spins are many and the machine code of a layer should stay small.
+DEVICE_CALL long long look_at_clock(unsigned* error, unsigned dead, long long start, unsigned code, long long limit) {
+    const Watch watch{error, dead};
+    const long long now = clock_cycles();
+    if (start == 0) start = now;
+    const bool over = watch.is_dead() || now - start > limit || load_flag(error) != 0;
+    if (all_lanes(!over)) return start;
+    if (lane_index() == 0) watch.mark(code);
+    sync_warp();
+    return GIVEN_UP;
+}
 
 // Waits until ready() holds in every lane of the warp: true. Or the launch is given up: false. `code` names the wait.
 template <typename Ready>
 DEVICE bool spin_until(const Watch& watch, unsigned code, Ready ready, long long limit = SPIN_LIMIT_CYCLES) {
-    if (all_lanes(ready())) return true;
-    if (all_lanes(watch.is_dead())) return false;
-    const long long start = clock_cycles();
-    for (unsigned turn = 1;; ++turn) {
+    long long start = 0;
+    for (unsigned turn = 1; !all_lanes(ready()); ++turn) {
         pause();
-        if (all_lanes(ready())) return true;
-        if (turn % 64 != 0) continue;
-        const bool over = watch.is_dead() || clock_cycles() - start > limit || load_flag(watch.error) != 0;
-        if (all_lanes(!over)) continue;
-        watch.give_up(code);
-        return false;
+        if (turn % TURNS != 0) continue;
+        start = look_at_clock(watch.error, watch.dead, start, code, limit);
+        if (start == GIVEN_UP) return false;
     }
+    return true;
 }
