@@ -309,7 +309,7 @@ struct Worker {
                 sum += weight * states[i].y;
                 value += weight * values[i];
             }
-            store_shared<Element>(base + ATTENDED_AT + voice * ATTENDED_STRIDE + dim * 2, from_float(value / sum));
+            store_shared<Element>(base + ATTENDED_AT + voice * ATTENDED_STRIDE + dim * 2, from_float(value * reciprocal_fast(sum)));
         }
         sync_warp();
     }
@@ -355,7 +355,7 @@ struct Worker {
             if (TEAM_WARPS % VOICES != 0) factor = norm_factor(exchange.at(EX_SUMS_AFTER), voice, p.epsilon);
             const float gate = row_sum(base, voice, tile * TILE + lane % 8) * factor;
             const float up = row_sum(base, voice, tile * TILE + 8 + lane % 8) * factor;
-            const float value = gate / (1.0f + exp2_fast(gate * -1.44269504f)) * up;
+            const float value = gate * reciprocal_fast(1.0f + exp2_fast(gate * -1.44269504f)) * up;
             const unsigned word = pack2(shuffle(value, lane * 2 % 8), shuffle(value, (lane * 2 + 1) % 8));
             uint4 v;
             v.x = shuffle(word, 0), v.y = shuffle(word, 1), v.z = shuffle(word, 2), v.w = shuffle(word, 3);
