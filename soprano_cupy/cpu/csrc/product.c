@@ -2,6 +2,8 @@
 
 #include <stdlib.h>
 
+#define SHARED_ROWS 48 /* of a unit where blocks are few: members end together */
+
 /* A piece of work: `panels` panels from `panel` on of a block, times up to TILE_ROWS rows from `first` on. */
 typedef struct Unit {
     int block, panel, panels, first, rows;
@@ -42,10 +44,10 @@ static void finish_unit(const Kernels *k, const Product *p, const Unit *u, const
 void product_share(Team *team, const Kernels *k, const Product *p) {
     const Matrix *m = p->matrix;
     float tile[TILE_ROWS * BLOCK] __attribute__((aligned(4096)));
-    int chunks = ceil_div(p->x->rows, TILE_ROWS), panels = PANELS;
-    /* All rows stay with a block, so that its weights come from memory once, and a block's panels are taken together,
-     * unless that leaves members idle. */
-    int groups = m->blocks < 2 * team->threads ? chunks : 1, rows = groups == 1 ? p->x->rows : TILE_ROWS;
+    /* Where blocks are many, all rows stay with a block, so that its weights come from memory once; and a block's
+     * panels are taken together, unless that leaves members idle. */
+    int rows = m->blocks < 8 * team->threads ? SHARED_ROWS : p->x->rows, panels = PANELS;
+    int groups = ceil_div(p->x->rows, rows);
     if (m->blocks * groups < 2 * team->threads) panels = p->finish == SWIGLU ? 2 : 1;
     int splits = PANELS / panels;
     for (int i; (i = team_take(team, m->blocks * splits * groups)) >= 0;) {
