@@ -262,12 +262,14 @@ def main() -> int:
     parser.add_argument("--live-batch", type=int, default=512, help="voices at once of the live part, for each GPU")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--model", type=Path)
+    parser.add_argument("--switch-us", type=float, default=500, help="of threads: sys.setswitchinterval")
     parser.add_argument("--invariant", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.smoke:
         options.device, options.batches, options.streams, options.live_batch = "cpu", [1, 4], [2], 4
         options.seconds = min(options.seconds, 0.4)
+    sys.setswitchinterval(options.switch_us / 1e6)
     logging.getLogger("soprano_cupy.crowd.driver").setLevel(logging.ERROR)  # sentences are held to lengths on purpose
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model

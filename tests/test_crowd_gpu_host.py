@@ -24,7 +24,7 @@ from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.scheduler import Scheduler
 from soprano_cupy.crowd.speech import Speech
 from soprano_cupy.generation import Request
-from soprano_cupy.gpu import crowd_device, crowd_sizes, crowd_steps, forward, linear, vocos, vocos_slices
+from soprano_cupy.gpu import crowd_device, crowd_sizes, crowd_steps, forward, linear, program, vocos, vocos_slices
 from soprano_cupy.gpu.crowd_device import GpuDevice, open_device
 from soprano_cupy.gpu.crowd_rows import BUCKETS, Rows, bucket_of, buckets_up_to
 from soprano_cupy.gpu.crowd_sizes import (
@@ -244,6 +244,21 @@ def test_a_crowd_says_what_each_says_alone(
                 with open_decoder(folder) as file:
                     reference = PortableDecoder(file, decoder_config(file), "cpu", "float64", "test")
                 assert snr_db(alone, reference.decode(np.asarray(out.states)[None].astype(np.float64))[0]) >= 30
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_everything_is_built_before_anybody_speaks(
+    parts: Any, monkeypatch: pytest.MonkeyPatch, invariant: bool
+) -> None:
+    model, decoder, standin = parts
+    compiled: list[int] = []
+    monkeypatch.setattr(program, "compile_program", lambda launches, capability: compiled.append(len(launches)))
+    device = GpuDevice(model, decoder, CrowdSizes.plan(model.config, 6, MOST_PROMPT), invariant=invariant)
+    built = len(standin.program_sizes)
+    assert sum(standin.program_sizes) >= compiled[0] >= 100
+    wishes = [Wish(stream=i % 2 == 0) for i in range(len(REQUESTS))]
+    assert all(speech.exception() is None for speech in speak(device, REQUESTS, wishes))
+    assert len(standin.program_sizes) == built
 
 
 def test_fixed_kernels_speak_too(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError, SopranoError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from .speech_api import SpeechServer
 
 DRAIN_SECONDS = 5.0
+SWITCH_SECONDS = 5e-4  # that a thread which answers a client may keep the one that speaks from working
 
 EPILOG = """\
 example:
@@ -42,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
     if not 0 <= options.port <= 65535:
         raise ParameterError(f"--port {options.port} must be from 0 to 65535")
     tts = open_voice(options)
+    sys.setswitchinterval(SWITCH_SECONDS)
     server = _listen(options.host, options.port, tts)
     try:
         host = f"[{options.host}]" if ":" in options.host else options.host

@@ -24,6 +24,7 @@ class Speech(Future[np.ndarray]):
         self._drop, self._dtype = drop, np.dtype(dtype)
         self._chunks: list[np.ndarray] = []
         self._samples = 0  # in all chunks
+        self._whole: np.ndarray | None = None  # once somebody wanted it
         self._more = threading.Condition()
         self._listeners: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
         self._over = False
@@ -36,9 +37,10 @@ class Speech(Future[np.ndarray]):
         """All samples. `TimeoutError` after `timeout` seconds; `CancelledError`; or why it could not be spoken."""
         super().result(timeout)
         with self._more:
-            if len(self._chunks) != 1:
-                self._chunks = [np.concatenate(self._chunks) if self._chunks else np.empty(0, self._dtype)]
-            return self._chunks[0]
+            if self._whole is None:  # a copy even of one chunk, which may keep others' memory alive
+                self._whole = np.concatenate([np.empty(0, self._dtype), *self._chunks])
+                self._chunks = [self._whole]
+            return self._whole
 
     def cancel(self) -> bool:
         """Stop speaking; False where it is done already. What waits for it gets `CancelledError`."""

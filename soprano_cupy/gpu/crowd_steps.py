@@ -166,13 +166,22 @@ class CrowdSteps:
     def prepare(self) -> None:
         """Build every program and capture every graph now, so that nobody waits for one later."""
         begin = time.perf_counter()
-        for bucket in buckets_up_to(self.sizes.slots):
-            self._graph(bucket)
-            self._program(("pack", bucket), lambda bucket=bucket: self._pack_launches(bucket))
-        for rows in self.sizes.prompt_classes:
-            for bucket in self.sizes.entry_buckets:
+        sizes = self.sizes
+        planned: dict[tuple[Any, ...], list[Launch]] = {}
+        for bucket in buckets_up_to(sizes.slots):
+            planned["step", bucket] = self.step_launches(bucket)
+            planned["pack", bucket] = self._pack_launches(bucket)
+        for rows in sizes.prompt_classes:
+            for bucket in sizes.entry_buckets:
                 if bucket <= rows:
-                    self._entry_program(rows, bucket)
+                    key, span = self._entry_class(rows, bucket)
+                    planned.setdefault(key, self.entry_launches(span, bucket))
+        every = [launch for launches in planned.values() for launch in launches]
+        program.compile_program(every, self._forward.facts.capability)  # all kernels side by side
+        for key, launches in planned.items():
+            self._program(key, lambda launches=launches: launches)
+        for bucket in buckets_up_to(sizes.slots):
+            self._graph(bucket)
         self._scatter(1)  # which CuPy compiles: zeros to slot 0
         self.stream.synchronize()
         logger.info(
@@ -186,14 +195,16 @@ class CrowdSteps:
             found = self._programs[key] = program.load_program(list(launches()), self._forward.facts.index)
         return found
 
-    def _entry_program(self, rows: int, bucket: int) -> Any:
-        """From up to `bucket` prompts of `rows` tokens together to their first tokens."""
-        ends = self.sizes.prompt_classes
-        if self._kernels_of:
-            ends = ends[-1:]
+    def _entry_class(self, rows: int, bucket: int) -> tuple[tuple[Any, ...], RowRange]:
+        """The program for up to `bucket` prompts of `rows` tokens together, and the rows that it serves."""
+        ends = self.sizes.prompt_classes[-1:] if self._kernels_of else self.sizes.prompt_classes
         index = next(i for i, end in enumerate(ends) if end >= rows)
-        span = RowRange(ends[index - 1] + 1 if index else 1, ends[index])
-        return self._program(("entry", index, bucket), lambda: self.entry_launches(span, bucket))
+        return ("entry", index, bucket), RowRange(ends[index - 1] + 1 if index else 1, ends[index])
+
+    def _entry_program(self, rows: int, bucket: int) -> Any:
+        """From prompts to their first tokens."""
+        key, span = self._entry_class(rows, bucket)
+        return self._program(key, lambda: self.entry_launches(span, bucket))
 
     def entry_launches(self, span: RowRange, bucket: int) -> list[Launch]:
         """A prefill, and the first token of each prompt, in rows of the decode step."""
