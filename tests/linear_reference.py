@@ -173,7 +173,7 @@ class LinearCase:
     def _gated(self, product: Bounded) -> Bounded:
         gate, up = product.value[:, : self.columns], product.value[:, self.columns :]
         gate_error, up_error = product.error[:, : self.columns], product.error[:, self.columns :]
-        silu = gate / (1 + np.exp(-gate))
+        silu = gate / (1 + np.exp(np.minimum(-gate, 700.0)))
         silu_error = 1.1 * gate_error + 16 * SUM_UNIT * np.abs(gate)
         return Bounded(silu * up, silu_error * (np.abs(up) + up_error) + np.abs(silu) * up_error)
 

@@ -254,7 +254,9 @@ def driver_encodes() -> bool:
 def _encode_tiled() -> Callable[..., int]:
     """The driver's function; `DeviceError` when the driver is missing or older than CUDA 12."""
     try:
-        function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+        library = ctypes.CDLL("libcuda.so.1")
+        function = library.cuTensorMapEncodeTiled
+        library.cuInit(0)  # harmless when CuPy has done it; plans may be made before CuPy touches the GPU
     except (OSError, AttributeError) as error:
         raise DeviceError(
             f"the NVIDIA driver has no tensor maps ({error}); install one for CUDA 12 or newer"
