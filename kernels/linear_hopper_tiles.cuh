@@ -6,7 +6,7 @@
 #include "linear_hopper_products.cuh"
 
 constexpr int CONSUMERS = GROUPS * WARPGROUPS * DEPTHS;  // warpgroups that compute
-constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;     // warpgroup 0: one copying thread, three warps for the norm
+constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;     // warpgroup 0: two warps copy, two are the norm's
 constexpr int WARP_FEATURES = PRODUCTS * TILE_FEATURES;  // neighbours, so that a warp stores long pieces of a row
 constexpr int WARPGROUP_FEATURES = 4 * WARP_FEATURES;
 constexpr int BLOCK_FEATURES = WARPGROUPS * WARPGROUP_FEATURES;  // of a tile
@@ -24,7 +24,8 @@ constexpr u32 WEIGHT_BYTES = PACKED_TILES * PACKED_STEP_BYTES;   // of a stage
 constexpr u32 INPUT_BYTES = TILE_ROWS * PANEL_ROW_BYTES;
 constexpr u32 STAGING_BYTES = 10240;  // of a warpgroup, for its way from accumulators to rows of the output
 constexpr int FACTOR_SLOTS = 2;
-constexpr int NORM_THREADS = WARPGROUP - 32;
+constexpr int COPY_WARPS = 2;
+constexpr int NORM_THREADS = WARPGROUP - 32 * COPY_WARPS;
 static_assert(SHARES == 1 || GROUPS == 1, "a cluster has one tile");
 static_assert(DEPTHS == 1 || STAGES >= 2 * DEPTHS, "a stage is given back behind the next one's arrival");
 // What a group sends to each other one, and gets from all.

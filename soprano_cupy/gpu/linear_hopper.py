@@ -202,6 +202,8 @@ def serves(variant: Variant, request: LinearRequest) -> bool:
         return False
     if request.end in (End.GELU, End.ADD) and many and wide:
         return False
+    if request.end == End.ADD and variant.products > 1 and variant.blocks > 1:
+        return False
     halves = variant.shares == 2 and variant.accumulators > 32  # what is sent, what is kept, and the stream before
     if halves and (request.end == End.ADD or (request.end == End.RESIDUAL and variant.consumers < 2)):
         return False
