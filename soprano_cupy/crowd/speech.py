@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import asyncio  # at run time only where something waits in an event loop: it takes 4 MB
 
 
 class Speech(Future[np.ndarray]):
@@ -59,6 +61,8 @@ class Speech(Future[np.ndarray]):
         self.cancel()
 
     def __await__(self) -> Generator[Any, None, np.ndarray]:
+        import asyncio
+
         return asyncio.wrap_future(self).__await__()
 
     # -- chunks -----------------------------------------------------------------------------------------------------
@@ -78,6 +82,8 @@ class Speech(Future[np.ndarray]):
         super().result()
 
     async def __aiter__(self) -> AsyncIterator[np.ndarray]:
+        import asyncio
+
         listener = asyncio.get_running_loop(), asyncio.Event()
         with self._more:
             self._listeners.add(listener)

@@ -19,7 +19,7 @@ def gpu_extensions() -> list[Extension]:
             [str(FOLDER / "_driver.pyx"), *(str(path) for path in sorted(csrc.glob("*.c")))],
             include_dirs=[str(csrc)],
             depends=[str(path) for path in headers],
-            extra_compile_args=["-O2", "-std=gnu11", "-fvisibility=hidden", "-pthread"],
+            extra_compile_args=["-O2", "-g0", "-std=gnu11", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
             libraries=["dl"],
         )
