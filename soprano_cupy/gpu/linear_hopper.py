@@ -205,7 +205,7 @@ def serves(variant: Variant, request: LinearRequest) -> bool:
     if request.end == End.ADD and variant.products > 1 and variant.blocks > 1:
         return False
     halves = variant.shares == 2 and variant.accumulators > 32  # what is sent, what is kept, and the stream before
-    if halves and (request.end == End.ADD or (request.end == End.RESIDUAL and variant.consumers < 2)):
+    if halves and (request.end == End.ADD or (request.end == End.RESIDUAL and variant.depths == 1)):
         return False
     matrices_rows = {End.GELU: 16, End.SWIGLU: 32}.get(request.end, 8)  # that the end takes at a time
     return request.padded_depth // DEPTH_STEP >= variant.shares and variant.rows // variant.shares >= matrices_rows
