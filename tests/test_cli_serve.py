@@ -24,6 +24,7 @@ from command_line import run
 from soprano_cupy import Busy, SopranoTTS
 from soprano_cupy.audio import to_pcm16, wav_bytes
 from soprano_cupy.cli import speech_api
+from soprano_cupy.crowd.runner_device import RunnerDevice
 from soprano_cupy.testing import make_checkpoint
 
 TEXT = "Hello there, how are you this fine morning?"
@@ -215,23 +216,42 @@ def test_too_large_a_body(client: Client) -> None:
     assert str(speech_api.MAX_BODY_BYTES) in json.loads(data)["error"]["message"]
 
 
-def test_requests_at_once_share_the_voice(server: speech_api.SpeechServer, tts: SopranoTTS) -> None:
-    """While a long text is spoken, short ones come and go; each is what it is alone."""
-    book = " ".join([TEXT] * 30)
+def test_requests_at_once_share_the_voice(
+    server: speech_api.SpeechServer, tts: SopranoTTS, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long text comes first and short ones while it is spoken: they are done before it, each as it is alone."""
+    book = " ".join([TEXT] * 40)
+    texts = [book, *(f"Number {i}." for i in range(6))]
     answers: dict[str, bytes] = {}
     order: list[str] = []
+    all_there = threading.Event()
+    submit, advance = SopranoTTS.submit, RunnerDevice.advance
+
+    def submitted(self: SopranoTTS, text: str, **options: Any) -> Any:
+        speech = submit(self, text, **options)
+        speech.add_done_callback(lambda _: order.append(text))
+        return speech
+
+    def advanced(self: RunnerDevice) -> None:
+        all_there.wait(30)
+        advance(self)
 
     def ask(text: str) -> None:
         answers[text] = once(server, "POST", SPEECH, {"input": text, "response_format": "pcm"})[2]
-        order.append(text)
 
-    texts = [book, *(f"Number {i}." for i in range(6))]
+    def wait_for(count: int) -> None:
+        while tts._crowd is None or tts._crowd.scheduler.unfinished < count:
+            time.sleep(0.001)
+
+    monkeypatch.setattr(SopranoTTS, "submit", submitted)
+    monkeypatch.setattr(RunnerDevice, "advance", advanced)
     threads = [threading.Thread(target=ask, args=(text,)) for text in texts]
     threads[0].start()
-    while tts._crowd is None or not tts._crowd.scheduler.unfinished:
-        time.sleep(0.001)
+    wait_for(1)
     for thread in threads[1:]:
         thread.start()
+    wait_for(len(texts))
+    all_there.set()
     for thread in threads:
         thread.join()
     assert order[-1] == book

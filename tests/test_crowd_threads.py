@@ -4,9 +4,11 @@ end with no thread left."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, as_completed, wait
 
@@ -212,6 +214,26 @@ def test_bugs_are_failures_too(caplog: pytest.LogCaptureFixture) -> None:
     with Crowd([maker(faults=Faults(steps={3: IndexError("a bug")}))]) as crowd:
         right(ask(crowd, 0), 0)
     assert "IndexError: a bug" in caplog.text
+
+
+def test_an_error_keeps_no_device() -> None:
+    """Whoever keeps what `result` raised keeps no device, whose memory is needed for the next one."""
+    made: list[weakref.ref[RealTime]] = []
+    faults = Faults(steps={i: DeviceError("launch failed") for i in range(1, 3)}, poisoned={0: 9})
+
+    def make() -> RealTime:
+        gc.collect()
+        assert all(reference() is None for reference in made)
+        device = RealTime(8, Clock(), faults)
+        made.append(weakref.ref(device))
+        return device
+
+    with Crowd([make]) as crowd:
+        error = ask(crowd, 0).exception(20)
+        assert isinstance(error, DeviceError)
+        assert len(made) == 3
+    gc.collect()
+    assert all(reference() is None for reference in made)
 
 
 class Hanging(RealTime):

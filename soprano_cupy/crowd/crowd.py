@@ -137,24 +137,18 @@ class Worker(threading.Thread):
     def run(self) -> None:
         failures, last = 0, float("-inf")
         while not self._stop_asked and not self.out:
-            try:
-                self._speak_until_stopped()
+            error = self._speak_until_stopped()
+            if error is None or self.stuck:  # where it was stuck, others have its work
                 break
-            except Exception as error:
-                if self.stuck:  # it has come back after all; others have its work
-                    break
-                self.error = error
-                now = time.monotonic()
-                failures = failures + 1 if now - last < SOON_S else 1
-                last = now
-                for_good = getattr(error, "sticky", False) or failures >= MAX_FAILURES or not self.ready.is_set()
-                unexpected = not isinstance(error, (DeviceError, MemoryError))
-                logger.error(
-                    "a device failed (%s: %s); it is %s", type(error).__name__, error,
-                    "used no more" if for_good else "set up anew", exc_info=error if unexpected else None,
-                )  # fmt: skip
-                if for_good:
-                    break
+            self.error = error
+            now = time.monotonic()
+            failures = failures + 1 if now - last < SOON_S else 1
+            last = now
+            for_good = getattr(error, "sticky", False) or failures >= MAX_FAILURES or not self.ready.is_set()
+            what = "used no more" if for_good else "set up anew"
+            logger.error("a device failed (%s: %s); it is %s", type(error).__name__, error, what)
+            if for_good:
+                break
         self.out = True
         self.ready.set()
         with self._crowd.scheduler.changed:
@@ -162,26 +156,27 @@ class Worker(threading.Thread):
         if not self._stop_asked:
             self._crowd.worker_left()
 
-    def _speak_until_stopped(self) -> None:
-        """Make the device and speak on it; whatever happens, it is closed and its sentences are free again."""
+    def _speak_until_stopped(self) -> Exception | None:
+        """Make the device and speak on it; what it raised. The device is closed then and its sentences are free."""
         scheduler = self._crowd.scheduler
-        device = self._make()
-        driver = Driver(device, scheduler)
-        error: BaseException | None = None
         try:
-            self.driver = driver
+            device = self._make()
+        except Exception as raised:
+            return _bare(raised)
+        driver = self.driver = Driver(device, scheduler)
+        error: Exception | None = None
+        try:
             scheduler.join(driver)
             self.ready.set()
             logger.info("%s: %d voices at once", device.name, device.slots)
             self._turns(driver)
-        except BaseException as raised:
-            error = raised
-            raise
-        finally:
-            self.turn_began = float("inf")
-            self.driver = None
-            device.close()
-            scheduler.leave(driver, error or DeviceError("the voice was closed"))
+        except Exception as raised:
+            error = _bare(raised)
+        self.turn_began = float("inf")
+        self.driver = None
+        device.close()
+        scheduler.leave(driver, error or DeviceError("the voice was closed"))
+        return error
 
     def _turns(self, driver: Driver) -> None:
         scheduler = self._crowd.scheduler
@@ -206,3 +201,14 @@ class Worker(threading.Thread):
                 return
             deadline = scheduler.next_deadline()
             scheduler.changed.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+
+def _bare(error: Exception) -> Exception:
+    """An error without its frames, which would keep a device's memory for as long as somebody keeps the error."""
+    if not isinstance(error, (DeviceError, MemoryError, ParameterError)):
+        logger.error("%s: %s", type(error).__name__, error, exc_info=error)
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..audio import to_pcm16
 from ..config import MAX_NEW_TOKENS
-from ..device import array_module, to_host
+from ..device import array_module, cuda_index, to_host
 from ..generation import LoopCheck, Request
 from ..runner import DecoderRunner, DecoderStream, KVCache, LanguageModelRunner
 from ..sampling import draw, greedy, penalise, uniform
@@ -49,6 +49,10 @@ class RunnerDevice:
         self, language_model: LanguageModelRunner, decoder: DecoderRunner, slots: int, most_prompt: int
     ) -> None:
         self._lm, self._decoder = language_model, decoder
+        if language_model.device != "cpu":
+            import cupy
+
+            cupy.cuda.Device(cuda_index(language_model.device)).use()  # of the thread that will use this
         config = language_model.config
         self.name, self.slots = language_model.device, slots
         self.most_prompt = min(most_prompt, config.max_positions)

@@ -56,13 +56,13 @@ def open_device(
         try:
             return GpuDevice(language_model, decoder, CrowdSizes.plan(config, slots, most_prompt), invariant=invariant)
         except MemoryError as error:
-            cupy.get_default_memory_pool().free_all_blocks()
             if slots <= FEWEST_SLOTS:
                 raise DeviceError(
                     f"the GPU has no memory left for {slots} voices; close other programs that use it"
                 ) from error
         logger.warning("no GPU memory for %d voices at once; trying %d (max_batch)", slots, slots // 2)
         slots = max(FEWEST_SLOTS, slots // 2)
+        cupy.get_default_memory_pool().free_all_blocks()  # not within the handler: the error keeps what was allocated
 
 
 class GpuDevice:
