@@ -4,17 +4,15 @@
 // weights arrives as it lies in memory and a lane reads its words of 16 x 16 weights in one 128-bit access. X is the right
 // operand, rows along N, as a copy with the 128-byte swizzle lays it into shared memory. Both copies go by tensor maps.
 //
-// Two warps copy; two beside them work out the norm's factors; the other warpgroups compute. Blocks stay and walk over
+// One warp copies; three beside it work out the norm's factors; the other warpgroups compute. Blocks stay and walk over
 // tiles of BLOCK_FEATURES x TILE_ROWS. All tiles of a block pass through one ring of stages, in order. With GROUPS = 2
 // the groups of warpgroups take every second tile: while one finishes its tile, the other has the tensor cores. With
-// SPLITS > 1 the blocks of a cluster divide the depth of one tile, and its rows when they bring the sums to their end; so
-// do with DEPTHS > 1 groups of warpgroups in a block, step by step, from the same ring.
+// SPLITS > 1 the blocks of a cluster divide the depth of one tile, and its rows when they bring the sums to their end.
 //
 // Compile-time: DTYPE_BF16 or DTYPE_FP16, END, NORM and RAGGED (linear_ends.cuh), GROUPS (1 or 2), WARPGROUPS (of a group,
-// 64 * PRODUCTS features each), PRODUCTS (1 or 2), TILE_ROWS (64, 96, 128, 192, 256), SPLITS (1: no clusters), DEPTHS,
-// STAGES, BLOCKS (per multiprocessor), CONSUMER_REGISTERS and PRODUCER_REGISTERS (both 0: as launched).
-// Launch: (GROUPS * WARPGROUPS * DEPTHS + 1) * 128 threads, any grid along x; where the depth is divided, SPLITS blocks
-// for every tile.
+// 64 * PRODUCTS features each), PRODUCTS (1 or 2), TILE_ROWS (64, 96, 128, 192, 256), SPLITS (1: no clusters), STAGES,
+// BLOCKS (per multiprocessor), CONSUMER_REGISTERS and PRODUCER_REGISTERS (both 0: as launched).
+// Launch: (GROUPS * WARPGROUPS + 1) * 128 threads, any grid along x; with clusters SPLITS blocks for every tile.
 #include "device.cuh"
 #include "linear_params.cuh"
 #include "linear_ends.cuh"
@@ -31,7 +29,7 @@ struct LinearHopperParams {
 };
 static_assert(sizeof(LinearHopperParams) == 384, "soprano_cupy/gpu/linear_hopper.py packs it");
 
-// ---- the copying warps ----
+// ---- the copying warp ----
 
 // One lane of a warp requests the copies; the others go with it, so that addresses are uniform and no step needs more
 // than a few instructions. Where a tile lies is worked out once a tile: a division costs as much as four products.
@@ -67,37 +65,35 @@ struct Producer {
             if (elected) tma_prefetch_tiles(weights, (schedule.first_step + step) * STEP_PRODUCTS, packed_tile);
         }
     }
-    // Everything else, once the input is there: a warp's share, every COPY_WARPS-th step from its own on. One warp alone was
-    // seen to take longer for a step than the products. first_row: of the first tile.
-    __device__ __forceinline__ void run(int warp, int first_row) const {
+    // Everything else, once the input is there. first_row: of the first tile.
+    __device__ __forceinline__ void run(int first_row) const {
         const bool elected = elect_one();
         const int begun = min(STAGES, schedule.steps);
 #pragma unroll 1
-        for (int step = warp; step < begun; step += COPY_WARPS) {
+        for (int step = 0; step < begun; ++step) {
             if (elected) load_input(step, first_row, step);
         }
-        const int skipped = begun + (begun % COPY_WARPS == warp ? 0 : 1);  // of two warps
-        Slot slot(skipped);
-        int step = skipped;
+        Slot slot(begun);
+        int step = begun;
 #pragma unroll 1
         for (int turn = 0, tile; (tile = schedule.tile(turn)) < schedule.tiles; ++turn) {
             const int packed_tile = opaque(schedule.first_feature(tile) / TILE_FEATURES);
             const int row = opaque(schedule.first_row(tile));
 #pragma unroll 1
-            for (; step < schedule.steps; step += COPY_WARPS) {
+            for (; step < schedule.steps; ++step) {
                 mbarrier_wait(smem.empty(slot.stage), slot.parity ^ 1);
                 if (elected) {
                     load_weights(slot.stage, packed_tile, step);
                     load_input(slot.stage, row, step);
                 }
-                slot.advance<COPY_WARPS>();
+                slot.advance();
             }
-            step -= schedule.steps;
+            step = 0;
         }
     }
 };
 
-// ---- the norm's warps: the factor of each row of a tile, from the partial sums of squares ----
+// ---- the norm's three warps: the factor of each row of a tile, from the partial sums of squares ----
 
 // Partial sums 4 i to 4 i + 3 of a row; zero where there are none.
 __device__ __forceinline__ float4 four_sums(const LinearParams& p, int row, int i) {
@@ -114,8 +110,8 @@ __device__ __forceinline__ float4 four_sums(const LinearParams& p, int row, int 
 
 // Four lanes a row, as in all linear kernels; BATCH rows of a lane are asked for at once.
 __device__ __forceinline__ void measure_rows(const LinearParams& p, const Shared smem, const Schedule schedule) {
-    constexpr int LANES = 4, ROWS = NORM_THREADS / LANES, BATCH = 4;
-    const int lane = threadIdx.x % LANES, first = (threadIdx.x - 32 * COPY_WARPS) / LANES;
+    constexpr int LANES = 4, ROWS = NORM_THREADS / LANES, BATCH = 3;
+    const int lane = threadIdx.x % LANES, first = (threadIdx.x - 32) / LANES;
 #pragma unroll 1
     for (int turn = 0, tile; (tile = schedule.tile(turn)) < schedule.tiles; ++turn) {
         const int slot = turn % FACTOR_SLOTS;
@@ -161,30 +157,26 @@ __device__ __forceinline__ void load_fragments(Fragments& a, u32 address) {
     }
 }
 
-// The blocks of a cluster, and the depth groups in them, hold the same tile, summed over different parts of the depth.
-// Each group takes END_ROWS rows of it and adds what all have of them, in the order of their ranks. The others' parts come
-// into an area of its own, where a barrier counts their bytes: no group waits for another but for these. Values 4 i to
-// 4 i + 3 of all threads of a group lie side by side; the threads hold the same places in every group. rank: of the
-// group, those of one block after another.
+// The blocks of a cluster hold the same tile, summed over different parts of the depth. Each takes END_ROWS rows of it
+// and adds what all blocks have of them, in the order of their ranks. The others' parts come into an area of their own,
+// where a barrier counts their bytes: no block waits for another but for these. Values 4 i to 4 i + 3 of all consumer
+// threads lie side by side; the threads hold the same places in every block.
 __device__ __forceinline__ void merge(const Shared smem, int rank, const float (&d)[PRODUCTS][ACCUMULATORS],
                                       float (&sum)[PRODUCTS][END_ACCUMULATORS]) {
-    constexpr int GROUP_THREADS = WARPGROUPS * WARPGROUP;
-    constexpr u32 FOUR_BYTES = GROUP_THREADS * 16;
-    const u32 lane_place = (threadIdx.x - WARPGROUP) % GROUP_THREADS * 16;
-    const u32 mine = smem.landing + rank % DEPTHS * LANDING_BYTES + lane_place;
-    if (SPLITS > 1) cluster_wait();  // every block has begun
+    constexpr u32 FOUR_BYTES = CONSUMERS * WARPGROUP * 16;
+    const u32 mine = smem.landing + (threadIdx.x - WARPGROUP) * 16;
+    cluster_wait();  // every block has begun
 #pragma unroll
-    for (int to = 0; to < SHARES; ++to) {
+    for (int to = 0; to < SPLITS; ++to) {
         if (to != rank) {
-            const u32 area = smem.landing + to % DEPTHS * LANDING_BYTES + lane_place;
-            const u32 part = area + (rank - (rank > to)) * PART_BYTES;
+            const u32 part = mine + (rank - (rank > to)) * PART_BYTES;
 #pragma unroll
             for (int n = 0; n < PRODUCTS; ++n)
 #pragma unroll
                 for (int i = 0; i < END_ACCUMULATORS; i += 4) {
                     const float* const four = &d[n][to * END_ACCUMULATORS + i];
-                    transfer_store(part + (n * END_ACCUMULATORS + i) / 4 * FOUR_BYTES, smem.landed(to % DEPTHS),
-                                   to / DEPTHS, make_float4(four[0], four[1], four[2], four[3]));
+                    transfer_store(part + (n * END_ACCUMULATORS + i) / 4 * FOUR_BYTES, smem.landed, to,
+                                   make_float4(four[0], four[1], four[2], four[3]));
                 }
         } else {
 #pragma unroll
@@ -193,7 +185,7 @@ __device__ __forceinline__ void merge(const Shared smem, int rank, const float (
                 for (int i = 0; i < END_ACCUMULATORS; ++i) sum[n][i] = d[n][to * END_ACCUMULATORS + i];
         }
     }
-    transfer_wait(smem.landed(rank % DEPTHS));
+    transfer_wait(smem.landed);
 #pragma unroll
     for (int n = 0; n < PRODUCTS; ++n)
 #pragma unroll
@@ -202,7 +194,7 @@ __device__ __forceinline__ void merge(const Shared smem, int rank, const float (
             const float4 own = make_float4(sum[n][i], sum[n][i + 1], sum[n][i + 2], sum[n][i + 3]);
             float4 total = rank == 0 ? own : load_shared<float4>(four);
 #pragma unroll
-            for (int from = 1; from < SHARES; ++from) {
+            for (int from = 1; from < SPLITS; ++from) {
                 const float4 part =
                     from == rank ? own : load_shared<float4>(four + (from - (from > rank)) * PART_BYTES);
                 total = make_float4(total.x + part.x, total.y + part.y, total.z + part.z, total.w + part.w);
@@ -216,15 +208,14 @@ __device__ __forceinline__ void merge(const Shared smem, int rank, const float (
 
 __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem, const Schedule schedule,
                                         int consumer) {
-    const int group = DEPTHS > 1 ? 0 : consumer / WARPGROUPS, member = consumer % WARPGROUPS;
-    const int depth = DEPTHS > 1 ? consumer / WARPGROUPS : 0;  // takes every DEPTHS-th step from this one on
+    const int group = consumer / WARPGROUPS, member = consumer % WARPGROUPS;
     const int warp = threadIdx.x % WARPGROUP / 32, lane = threadIdx.x % 32;
     const bool leader = lane == 0;
     grid_dependency_wait();
     const u32 fragments = smem.weights + (member * 4 + warp) * PRODUCTS * PACKED_STEP_BYTES + lane * 16;
     const u64 input = descriptor_k_major(smem.input);
     const int steps = schedule.steps;
-    const int rank = (SPLITS == 1 ? 0 : static_cast<int>(cluster_rank())) * DEPTHS + depth;
+    const int rank = SPLITS == 1 ? 0 : static_cast<int>(cluster_rank());
     constexpr int GROUP_BARRIER = 1 + CONSUMERS;  // of group 0; the first ones are the warpgroups' own
     // A group enters the ring only when the other has passed through it: a parity tells two phases apart, not three.
     if (GROUPS == 2 && group == 1) named_barrier_arrive(GROUP_BARRIER, CONSUMERS * WARPGROUP);
@@ -237,38 +228,38 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
         End end(p, place);
         float d_rmem[PRODUCTS][ACCUMULATORS];
         Fragments a_rmem[STEP_PRODUCTS];
-        Slot slot(turn * steps + depth);
+        Slot slot(turn * steps);
         int last = 0;
         if (GROUPS == 2) named_barrier_sync(GROUP_BARRIER + group, CONSUMERS * WARPGROUP);
 
         // D += W X^T, DEPTH_STEP deep. Weights are in registers two products ahead, and while two products are under way
         // they are loaded into those of the product before: the next one waits for neither.
-        if (steps > depth) {
+        if (steps > 0) {
             mbarrier_wait(smem.full(slot.stage), slot.parity);
 #pragma unroll
             for (int k = 0; k < AHEAD; ++k)
                 load_fragments(a_rmem[k], fragments + slot.stage * WEIGHT_BYTES + k * PACKED_BYTES);
         }
 #pragma unroll 1
-        for (int step = depth; step < steps; step += DEPTHS) {
+        for (int step = 0; step < steps; ++step) {
             u32 weights = fragments + slot.stage * WEIGHT_BYTES;
             const u64 b = input + slot.stage * (INPUT_BYTES >> 4);
             const int stage = slot.stage;
-            slot.advance<DEPTHS>();
+            slot.advance();
 #pragma unroll
             for (int k = 0; k < STEP_PRODUCTS; ++k) {
                 products_fence();
 #pragma unroll
-                for (int n = 0; n < PRODUCTS; ++n) product(d_rmem[n], a_rmem[k][n], b + 2 * k, step + k > depth);
+                for (int n = 0; n < PRODUCTS; ++n) product(d_rmem[n], a_rmem[k][n], b + 2 * k, step + k > 0);
                 wgmma_commit();
                 products_wait<STEP_PRODUCTS - AHEAD>();
-                if (k == STEP_PRODUCTS - AHEAD - 1 && step > depth && leader) mbarrier_arrive(smem.empty(last));
-                if (k == STEP_PRODUCTS - AHEAD && step + DEPTHS < steps) {
+                if (k == STEP_PRODUCTS - AHEAD - 1 && step > 0 && leader) mbarrier_arrive(smem.empty(last));
+                if (k == STEP_PRODUCTS - AHEAD && step + 1 < steps) {
                     mbarrier_wait(smem.full(slot.stage), slot.parity);
                     weights = fragments + slot.stage * WEIGHT_BYTES;
                 }
                 const int next = (k + AHEAD) % STEP_PRODUCTS;
-                if (k + AHEAD < STEP_PRODUCTS || step + DEPTHS < steps)
+                if (k + AHEAD < STEP_PRODUCTS || step + 1 < steps)
                     load_fragments(a_rmem[next], weights + next * PACKED_BYTES);
             }
             last = stage;
@@ -283,7 +274,7 @@ __device__ __forceinline__ void consume(const LinearParams& p, const Shared smem
         if (p.square_sums) mbarrier_wait(smem.factors_full(factor_slot), turn / FACTOR_SLOTS & 1);
         const u32 staging = smem.staging + consumer * STAGING_BYTES,
                   factors = smem.factor(factor_slot, rank * END_ROWS);
-#if SPLITS * DEPTHS == 1
+#if SPLITS == 1
         end.finish(p, place, staging, factors, 1 + consumer, d_rmem);
 #else
         float sum_rmem[PRODUCTS][END_ACCUMULATORS];
@@ -317,11 +308,11 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
         }
         for (int slot = 0; slot < FACTOR_SLOTS; ++slot) {
             mbarrier_init(smem.factors_full(slot), NORM_THREADS);
-            mbarrier_init(smem.factors_empty(slot), GROUP_WARPS * DEPTHS);
+            mbarrier_init(smem.factors_empty(slot), GROUP_WARPS);
         }
-        for (int group = 0; SHARES > 1 && group < DEPTHS; ++group) {
-            transfer_init(smem.landed(group));
-            transfer_expect(smem.landed(group), LANDING_BYTES);
+        if (SPLITS > 1) {
+            transfer_init(smem.landed);
+            transfer_expect(smem.landed, LANDING_BYTES);
         }
         mbarrier_init_fence();
     }
@@ -342,9 +333,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     if (warpgroup == 0) {
         if constexpr (PRODUCER_REGISTERS > 0) registers_release<PRODUCER_REGISTERS>();
         grid_dependency_wait();
-        const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-        if (warp < COPY_WARPS && at_work) producer.run(warp, first_row);
-        if (p.square_sums && warp >= COPY_WARPS) measure_rows(p, smem, schedule);
+        if (threadIdx.x < 32 && at_work) producer.run(first_row);
+        if (p.square_sums && threadIdx.x >= 32) measure_rows(p, smem, schedule);
     } else {
         if constexpr (CONSUMER_REGISTERS > 0) registers_claim<CONSUMER_REGISTERS>();
         consume(p, smem, schedule, warpgroup - 1);

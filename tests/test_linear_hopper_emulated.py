@@ -25,9 +25,6 @@ TURNS = Variant(groups=2, warpgroups=1, products=1, rows=96, stages=3)
 WIDE_TURNS = Variant(groups=2, warpgroups=1, products=2, rows=128, stages=4)
 SPLIT = Variant(groups=1, warpgroups=1, products=1, rows=64, stages=3, splits=4)
 SPLIT_8 = Variant(groups=1, warpgroups=1, products=1, rows=64, stages=2, splits=8)
-DEPTHS = Variant(groups=1, warpgroups=1, products=1, rows=64, stages=5, depths=2)
-SPLIT_DEPTHS = Variant(groups=1, warpgroups=1, products=1, rows=64, stages=4, splits=2, depths=2)
-DEPTHS_4 = Variant(groups=1, warpgroups=1, products=1, rows=64, stages=9, depths=4)
 SPLIT_PAIR = Variant(groups=1, warpgroups=2, products=1, rows=64, stages=2, splits=2)
 ROWS_256 = Variant(groups=1, warpgroups=1, products=1, rows=256, stages=2)
 
@@ -48,9 +45,6 @@ CASES: list[tuple[LinearCase, Variant]] = [
     (LinearCase(End.STORE, 140, 150, 130, dtype="float16", bias=True), SPLIT_PAIR),
     (LinearCase(End.ADD, 300, 140, 64, dtype="float16", bias=True, padding=4), TURNS),
     (LinearCase(End.RESIDUAL, 70, 72, 600, norm=True), SPLIT_8),
-    (LinearCase(End.RESIDUAL, 130, 72, 600), DEPTHS),
-    (LinearCase(End.STORE, 100, 130, 450, norm=True), SPLIT_DEPTHS),
-    (LinearCase(End.RESIDUAL, 70, 72, 840, norm=True), DEPTHS_4),
 ]
 
 
@@ -129,5 +123,5 @@ def test_neither_the_number_of_blocks_nor_the_order_of_threads_matters() -> None
 )
 def test_a_wait_that_is_missing_is_noticed(chosen: int, fault: str, index: int, reverse: int) -> None:
     case, variant = CASES[chosen]
-    with pytest.raises(emulation.EmulationError, match=r"race|deadlock|no mbarrier|more arrivals"):
+    with pytest.raises(emulation.EmulationError, match=r"race|deadlock|no mbarrier"):
         run(dataclasses.replace(case), variant, reverse=reverse, **{fault: index})

@@ -69,7 +69,7 @@ def test_matches_float64_and_repeats(products, case, variant):
     first = run(product, variant)
     errors = product.errors()
     assert max(errors.values()) <= 1, errors
-    for blocks in (1, 7, None) if variant.shares == 1 else (None, None):  # clusters have one tile each
+    for blocks in (1, 7, None) if variant.splits == 1 else (None, None):  # clusters have one tile each
         assert same(first, run(product, variant, blocks)), f"other bits with {blocks} blocks"
 
 

@@ -43,7 +43,6 @@ class Variant:
     consumer_registers: int = 0  # 0: as launched
     producer_registers: int = 0
     splits: int = 1  # blocks of a cluster that divide the depth of one tile
-    depths: int = 1  # groups of warpgroups of a block that divide its depth further
 
     @property
     def features(self) -> int:
@@ -51,7 +50,7 @@ class Variant:
 
     @property
     def consumers(self) -> int:
-        return self.groups * self.warpgroups * self.depths
+        return self.groups * self.warpgroups
 
     @property
     def threads(self) -> int:
@@ -62,20 +61,15 @@ class Variant:
         return (self.features + self.rows) * DEPTH_STEP * ELEMENT_BYTES
 
     @property
-    def shares(self) -> int:
-        """Groups that have sums of one tile, and bring a part of its rows to their end."""
-        return self.splits * self.depths
-
-    @property
     def landing_bytes(self) -> int:
-        """Sums that the groups of a block get from the others, of their own block too."""
-        return (self.shares - 1) * self.depths * self.features * self.rows // self.shares * SUM_BYTES
+        """Sums that a block gets from the others of its cluster."""
+        return (self.splits - 1) * self.features * self.rows // self.splits * SUM_BYTES
 
     @property
     def shared_bytes(self) -> int:
         """Room to align, the ring, the staging areas, other blocks' sums, the norm's factors, the barriers."""
         ring = self.stages * self.stage_bytes + self.consumers * STAGING_BYTES
-        barriers = 8 * (2 * self.stages + 2 * FACTOR_SLOTS + self.depths)
+        barriers = 8 * (2 * self.stages + 2 * FACTOR_SLOTS + 1)
         return ALIGNMENT_BYTES + ring + self.landing_bytes + FACTOR_SLOTS * self.rows * SUM_BYTES + barriers
 
     @property
@@ -84,14 +78,7 @@ class Variant:
         return self.products * self.rows // 2
 
     def __str__(self) -> str:
-        parts = {
-            "g": self.groups,
-            "w": self.warpgroups,
-            "s": self.stages,
-            "b": self.blocks,
-            "c": self.splits,
-            "d": self.depths,
-        }
+        parts = {"g": self.groups, "w": self.warpgroups, "s": self.stages, "b": self.blocks, "c": self.splits}
         return f"{self.features}x{self.rows} " + " ".join(f"{name}{count}" for name, count in parts.items())
 
     @property
@@ -104,7 +91,6 @@ class Variant:
             ("STAGES", self.stages),
             ("BLOCKS", self.blocks),
             ("SPLITS", self.splits),
-            ("DEPTHS", self.depths),
             ("CONSUMER_REGISTERS", self.consumer_registers),
             ("PRODUCER_REGISTERS", self.producer_registers),
         )
@@ -140,34 +126,14 @@ CANDIDATES = (
     Variant(1, 1, 1, 64, 8, 1),  # 64 x 64
     Variant(1, 1, 1, 64, 10, 1, splits=2),
     Variant(1, 1, 1, 64, 9, 1, splits=4),
-    # Two or four groups of a block take steps of the depth by turns: a step's latency is that of so many at once.
-    Variant(1, 1, 1, 64, 8, 1, depths=2),  # 64 x 64
-    Variant(1, 1, 1, 64, 8, 1, splits=2, depths=2),
-    Variant(1, 1, 1, 64, 8, 1, splits=2, depths=4),
-    Variant(1, 1, 1, 128, 6, 1, 224, 56, depths=2),  # 64 x 128
-    Variant(1, 1, 1, 128, 6, 1, 224, 56, splits=2, depths=2),
 )
-
-# What was the fastest on an H200, as places in CANDIDATES, by end, features, depth and rows; elsewhere the estimate
-# decides.
-MEASURED: dict[tuple[End, int, int], dict[int, int]] = {
-    (End.STORE, 768, 512): {128: 2, 512: 0, 2048: 8},
-    (End.RESIDUAL, 512, 512): {128: 2, 512: 1, 2048: 10},
-    (End.RESIDUAL, 512, 2304): {128: 2, 512: 1, 1024: 16, 2048: 10},
-    (End.SWIGLU, 4608, 512): {128: 6, 512: 9, 2048: 14},
-    (End.STORE, 8192, 512): {128: 6, 512: 13, 2048: 11},
-    (End.GELU, 2304, 768): {8192: 9},
-    (End.ADD, 768, 2304): {8192: 9},
-    (End.STORE, 2050, 768): {8192: 12},
-}
-SIMILAR_ROWS = 1.3  # the largest ratio to a measured number of rows
 
 # The estimate, in cycles of a multiprocessor.
 PRODUCTS_A_CYCLE = 2048  # multiply-adds, 16-bit
 SHARED_BYTES_A_CYCLE = 128.0  # read by products and written by copies
 LOADED_BYTES_A_CYCLE = 48.0  # from the L2 cache into shared memory
-PLACED_BLOCKS, PLACE_CYCLES = 64, 30.0  # blocks in clusters of four or more: beyond so many each one takes so long
-STEP_CYCLES = 340.0  # of 64 of the depth, however few products they are
+USABLE = {1: 1.0, 2: 1.0, 4: 0.97, 8: 0.85}  # share of the multiprocessors: a cluster lies within one of their groups
+ROUND_CYCLES = 1700.0  # from a stage's release to the next bytes in it
 START_CYCLES = 1800.0  # until the first product: barriers, the first copies
 TURN_CYCLES = 300.0  # between the tiles of a block
 MERGE_CYCLES = 700.0  # until the last of a cluster's sums is there
@@ -197,18 +163,16 @@ def refusal(request: LinearRequest) -> str | None:
 
 def serves(variant: Variant, request: LinearRequest) -> bool:
     """Whether the variant has registers enough for the end, and the depth something for every block of a cluster."""
-    many, wide = variant.consumers > 2 and variant.depths == 1, variant.accumulators > 64
+    many, wide = variant.consumers > 2, variant.accumulators > 64
     if request.end == End.RESIDUAL and (many or wide or variant.products > 1):
         return False
     if request.end in (End.GELU, End.ADD) and many and wide:
         return False
-    if request.end == End.ADD and variant.products > 1 and variant.blocks > 1:
-        return False
-    halves = variant.shares == 2 and variant.accumulators > 32  # what is sent, what is kept, and the stream before
-    if halves and (request.end == End.ADD or (request.end == End.RESIDUAL and variant.depths == 1)):
+    halves = variant.splits == 2 and variant.accumulators > 32  # what is sent, what is kept, and the stream before
+    if halves and (request.end == End.ADD or (request.end == End.RESIDUAL and variant.consumers < 2)):
         return False
     matrices_rows = {End.GELU: 16, End.SWIGLU: 32}.get(request.end, 8)  # that the end takes at a time
-    return request.padded_depth // DEPTH_STEP >= variant.shares and variant.rows // variant.shares >= matrices_rows
+    return request.padded_depth // DEPTH_STEP >= variant.splits and variant.rows // variant.splits >= matrices_rows
 
 
 def stage_cycles(variant: Variant) -> float:
@@ -225,17 +189,17 @@ def estimate(variant: Variant, request: LinearRequest) -> float:
     """Microseconds, roughly: what the table is ordered by."""
     columns, rows = -(-request.features // variant.features), -(-request.most_rows // variant.rows)
     blocks = columns * rows * variant.splits
-    turns = -(-blocks // (request.multiprocessors * variant.blocks))
+    usable = int(request.multiprocessors * USABLE[variant.splits])
+    turns = -(-blocks // (usable * variant.blocks))
     sharing = min(variant.blocks, -(-blocks // request.multiprocessors))  # blocks at work on a multiprocessor
     steps = -(-request.padded_depth // DEPTH_STEP // variant.splits)
-    main = steps * max(stage_cycles(variant) * sharing, STEP_CYCLES / variant.depths)
-    end = variant.features * variant.rows * END_CYCLES[request.end] / variant.shares + END_LATENCY_CYCLES
+    waited = ROUND_CYCLES / variant.stages if steps > variant.stages else 0.0
+    main = steps * max(stage_cycles(variant) * sharing, waited)
+    end = variant.features * variant.rows * END_CYCLES[request.end] / variant.splits + END_LATENCY_CYCLES
     hidden = variant.groups > 1 or sharing > 1
     body = turns * (max(main, end) if hidden else main + end) + (end if hidden else 0.0)
-    merge = MERGE_CYCLES + sharing * variant.landing_bytes / SENT_BYTES_A_CYCLE if variant.shares > 1 else 0.0
-    if variant.splits > 2:
-        merge += max(0, blocks - PLACED_BLOCKS) * PLACE_CYCLES
-    again = TURN_CYCLES if variant.shares == 1 else START_CYCLES  # a cluster ends behind its tile, and another starts
+    merge = MERGE_CYCLES + sharing * variant.landing_bytes / SENT_BYTES_A_CYCLE if variant.splits > 1 else 0.0
+    again = TURN_CYCLES if variant.splits == 1 else START_CYCLES  # a cluster ends behind its tile, and another starts
     return (START_CYCLES + body + merge + (turns - 1) * again) / CYCLES_A_MICROSECOND
 
 
@@ -259,7 +223,7 @@ def measured(request: LinearRequest) -> str | None:
         if rows > 1024:
             return "64x128 g2 w1 s7 b1 c1"
         return "64x64 g1 w1 s5 b2 c4" if rows <= 256 else "64x64 g1 w1 s5 b2 c2"
-    if request.end in (End.SWIGLU, End.STORE) and features >= MANY_FEATURES and rows <= 128:
+    if request.end in (End.SWIGLU, End.STORE) and features >= MANY_FEATURES and 64 < rows <= 128:
         return "64x128 g1 w1 s4 b2 c1"
     if request.end is End.STORE and FEW_FEATURES < features < MANY_FEATURES and rows >= 4096:
         return "64x256 g2 w1 s4 b1 c1"
@@ -267,13 +231,10 @@ def measured(request: LinearRequest) -> str | None:
 
 
 def choose(request: LinearRequest) -> Variant:
-    """The variant that was measured to be the fastest, or the one with the shortest estimated time."""
-    rows = request.most_rows
-    for measured, place in MEASURED.get((request.end, request.features, request.depth), {}).items():
-        similar = max(rows, measured) <= SIMILAR_ROWS * min(rows, measured)
-        if similar and serves(CANDIDATES[place], request):
-            return CANDIDATES[place]
-    return min((v for v in CANDIDATES if serves(v, request)), key=lambda v: estimate(v, request))
+    """The variant that was measured to be best, else that with the shortest estimated time."""
+    name = measured(request)
+    found = [variant for variant in CANDIDATES if str(variant) == name and serves(variant, request)]
+    return found[0] if found else min((v for v in CANDIDATES if serves(v, request)), key=lambda v: estimate(v, request))
 
 
 def plan(request: LinearRequest, variant: Variant | None = None) -> Launch | None:
@@ -286,7 +247,7 @@ def plan(request: LinearRequest, variant: Variant | None = None) -> Launch | Non
         return None
     variant = variant or choose(request)
     tiles = -(-request.features // variant.features) * -(-request.most_rows // variant.rows)
-    most = request.multiprocessors * variant.blocks if variant.shares == 1 else tiles
+    most = request.multiprocessors * variant.blocks if variant.splits == 1 else tiles
     blocks = min(tiles, most) * variant.splits
     return Launch(
         source=SOURCE,
