@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,7 +218,8 @@ def live_rows(subject: Subject, streams: int, seconds: float, place: str) -> Ite
     yield Row(f"{case}/refused", 1e3 * refused / (len(listeners) + refused), "per mille", len(listeners) + refused)
 
 
-def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
+def measure(options: argparse.Namespace, folder: Path, save: Callable[[list[Row]], None]) -> None:
+    """All rows; what there is is saved after each voice, whatever comes later."""
     rows: list[Row] = []
     tokens = (6, 20) if options.smoke else TOKENS
 
@@ -239,6 +240,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
                     limit = LIMIT * gpus if options.device != "cpu" else None
                     share = made / limit if limit else None
                     add(Row(f"crowd/{name}/B{batch}{place}", made, "x real time", 1, limit=limit, share_of_limit=share))
+            save(rows)
         subject = Subject(folder, options.device, gpus, options.live_batch, invariant=options.invariant, tokens=tokens)
         with subject.tts:
             throughput(subject, 1, text_in=False, seconds=0.2)
@@ -246,7 +248,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
                 for row in live_rows(subject, streams, options.seconds, place):
                     add(row)
             add(percentiles(f"crowd/cancel{place}", cancel_ms(subject, 20)))
-    return rows
+        save(rows)
 
 
 def main() -> int:
@@ -277,10 +279,10 @@ def main() -> int:
             config, decoder = (TINY, None) if options.smoke else (SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER)
             folder = make_checkpoint(scratch, seed=0, config=config, decoder=decoder, mean_tokens=None)
         facts = machine_facts(gpu=options.device != "cpu")
-        rows = measure(options, folder)
-    label = facts["machine"] if options.device != "cpu" else "cpu"
-    limits = {"throughput_x": LIMIT} if options.device != "cpu" else {}
-    write_results(options.out or RESULTS / f"{label}-crowd.json", "crowd", facts, limits, rows, 0)
+        label = facts["machine"] if options.device != "cpu" else "cpu"
+        limits = {"throughput_x": LIMIT} if options.device != "cpu" else {}
+        out = options.out or RESULTS / f"{label}-crowd.json"
+        measure(options, folder, lambda rows: write_results(out, "crowd", facts, limits, rows, 0))
     return 0
 
 
