@@ -5,16 +5,16 @@
 
 #include "persistent_products.cuh"
 
-constexpr int GROUPS = TEAM_WARPS * 4;             // of eight lanes
-constexpr int HALF_LANE = HEAD_DIM / 16;      // dimensions of a lane in each half of a head: the rotation stays in the lane
+constexpr int GROUPS = TEAM_WARPS * 4;    // of eight lanes
+constexpr int HALF_LANE = HEAD_DIM / 16;  // dimensions of a lane in each half of a head: the rotation stays in the lane
 constexpr int LANE_DIMS = 2 * HALF_LANE;
-constexpr int VALUE_DIMS = OUT_DIMS / 8;      // dimensions of the values of a lane
-constexpr int LAST_DIMS = VALUE_DIMS / 4;     // that a lane ends with
+constexpr int VALUE_DIMS = OUT_DIMS / 8;   // dimensions of the values of a lane
+constexpr int LAST_DIMS = VALUE_DIMS / 4;  // that a lane ends with
 #ifndef KEYS_AHEAD
 #define KEYS_AHEAD 2
 #endif
-constexpr int AHEAD = KEYS_AHEAD;                 // keys of a group that are loaded ahead
-constexpr float NO_SCORE = -3.0e38f;          // below every score, and finite: differences stay numbers
+constexpr int AHEAD = KEYS_AHEAD;     // keys of a group that are loaded ahead
+constexpr float NO_SCORE = -3.0e38f;  // below every score, and finite: differences stay numbers
 
 // N elements in 32-bit words, loaded 4, 8 or 16 bytes at a time.
 template <int N> struct Elements {

@@ -51,8 +51,8 @@ DEVICE void copy_bulk(unsigned shared_address, const void* source, unsigned byte
     asm volatile(
         "{\n.reg .b64 policy;\n"
         "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], policy;\n}\n" ::"r"(
-            shared_address),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], "
+        "policy;\n}\n" ::"r"(shared_address),
         "l"(source), "r"(bytes), "r"(barrier)
         : "memory");
 }
@@ -67,13 +67,14 @@ DEVICE unsigned address_in(unsigned address, unsigned rank) {
 // 16 or 4 bytes into a block of the cluster; its barrier there counts them.
 DEVICE void send_16(unsigned address, uint4 v, unsigned barrier) {
     asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+            address),
         "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(barrier)
         : "memory");
 }
 DEVICE void send_4(unsigned address, unsigned v, unsigned barrier) {
-    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address), "r"(v),
-                 "r"(barrier)
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(address),
+                 "r"(v), "r"(barrier)
                  : "memory");
 }
 

@@ -30,10 +30,10 @@ struct PersistentParams {
     const void* embeddings;      // (VOCAB, HIDDEN) Element
     const unsigned* cancel;      // a word of mapped host memory: not 0 ends the launch at the next token; or null
     unsigned long long* report;  // a word of mapped host memory: 1 + the error at the end of the launch; or null
-    int voices;       // in use
-    int most_tokens;  // room of a slot
-    int budget;       // tokens of this launch, at least 1
-    int positions;    // rows of the table of angles
+    int voices;                  // in use
+    int most_tokens;             // room of a slot
+    int budget;                  // tokens of this launch, at least 1
+    int positions;               // rows of the table of angles
     int end_token, loop_length;
     float loop_distance;
     int stall_at;  // for tests of the watchdog: at the so-manieth token the last block is not heard; 0: never
@@ -44,8 +44,9 @@ struct PersistentParams {
 
 constexpr int up_to_16(int words) { return (words + 15) / 16 * 16; }
 constexpr int SUM_WORDS = CLUSTERS > 1 ? 2 * CLUSTERS * VOICES * HIDDEN : 0;
-constexpr int OWNERS = (most_of_rank(HIDDEN_TILES) + 1) / 2;  // warps of a block that own rows of one voice's residual stream
-constexpr int DISTANCES = RANKS * OWNERS;                     // of a voice
+constexpr int OWNERS =
+    (most_of_rank(HIDDEN_TILES) + 1) / 2;  // warps of a block that own rows of one voice's residual stream
+constexpr int DISTANCES = RANKS * OWNERS;  // of a voice
 constexpr int HEAD_ROWS = (HEAD_MOST * TILE + 31) / 32 * 32;  // of a block
 constexpr int BLOCK_KEYS = HEAD_ROWS / 32;
 constexpr int KEYS = BLOCKS * BLOCK_KEYS;  // of a voice, each two words: order of a warp's best score, its id
@@ -61,9 +62,9 @@ constexpr unsigned TOKEN_MASK = (1u << 24) - 1;
 
 // ---- shared memory behind that of the layers ----
 
-constexpr unsigned TOKEN_AT = aligned_16(SHARED_END);                     // the words that came, for the block
-constexpr unsigned RULES_AT = TOKEN_AT + aligned_16(VOICES * 4);          // (penalty, greedy) of each voice
-constexpr unsigned SEEN_AT = RULES_AT + aligned_16(VOICES * 8);           // a bit for each of this block's ids, for each voice
+constexpr unsigned TOKEN_AT = aligned_16(SHARED_END);             // the words that came, for the block
+constexpr unsigned RULES_AT = TOKEN_AT + aligned_16(VOICES * 4);  // (penalty, greedy) of each voice
+constexpr unsigned SEEN_AT = RULES_AT + aligned_16(VOICES * 8);   // a bit for each of this block's ids, for each voice
 constexpr unsigned SAMPLER_AT = aligned_16(SEEN_AT + VOICES * HEAD_ROWS / 8);
 
 // The voices as every block sees them.
@@ -108,7 +109,8 @@ struct Choir {
         count = load_global_fresh<int>(&own().slot->count);
         worker.residual = load_global_fresh<float>(own().residual + worker.row());
         if (count > 0 && count <= p.most_tokens)
-            last_state = load_global_fresh<float>(own().states + static_cast<long long>(count - 1) * HIDDEN + worker.row());
+            last_state =
+                load_global_fresh<float>(own().states + static_cast<long long>(count - 1) * HIDDEN + worker.row());
     }
 
     DEVICE bool greedy(int voice) const { return load_shared<unsigned>(worker.base + RULES_AT + voice * 8 + 4) != 0; }
@@ -122,8 +124,8 @@ struct Choir {
 #pragma unroll 1
         for (int pass = 0; pass < HEAD_PASSES; ++pass) {
             const Tiles part = tiles_of_pass<HEAD_PASSES>(mine, pass);
-            multiply<HEAD_PASS_TILES, HIDDEN_STEPS>(
-                worker.ring, part.count(), exchange.at(EX_HIDDEN), (part.begin - mine.begin) * TILE);
+            multiply<HEAD_PASS_TILES, HIDDEN_STEPS>(worker.ring, part.count(), exchange.at(EX_HIDDEN),
+                                                    (part.begin - mine.begin) * TILE);
         }
         exchange.await(EX_SUMS);
         worker.sync();
@@ -237,6 +239,7 @@ struct Choir {
         }
 #pragma unroll
         for (int mask = 1; mask < 16; mask *= 2) square += shuffle_xor(square, mask);
-        if (worker.owns_row() && lane_index() % 16 == 0) store_global<float>(own().square_sums + worker.row() / 16, square);
+        if (worker.owns_row() && lane_index() % 16 == 0)
+            store_global<float>(own().square_sums + worker.row() / 16, square);
     }
 };

@@ -14,13 +14,14 @@ constexpr int PROFILE_AT = 1 << 19, MARKS = 32;
 
 // What does not change during a launch.
 struct LayerParams {
-    const void* stream;   // weights of block b from b * stream_bytes on, in the order of use
-    const float* gains;   // (layers + 1, 2, HIDDEN): input norm and post-attention norm of each layer; the final norm
+    const void* stream;  // weights of block b from b * stream_bytes on, in the order of use
+    const float* gains;  // (layers + 1, 2, HIDDEN): input norm and post-attention norm of each layer; the final norm
     const float* head_gains;  // (layers, 2, HEAD_DIM): queries, keys
     const float2* rope;       // (positions, HEAD_DIM / 2): cosine, sine
     void* keys[VOICES];       // (layers, ..., capacity, KV_HEADS, HEAD_DIM) Element, at each voice's slot
     void* values[VOICES];
-    Word* words;      // (2, CLUSTERS, VOICES, HIDDEN) zeroed before the launch: partial sums on their way to the other clusters
+    Word*
+        words;  // (2, CLUSTERS, VOICES, HIDDEN) zeroed before the launch: partial sums on their way to the other clusters
     unsigned* error;  // zeroed before the launch
     long long stream_bytes;
     long long layer_elements;  // from one layer's keys to the next's
@@ -38,22 +39,30 @@ struct Worker {
     const Place place;
     Ring ring;
     Exchange exchange;
-    float residual = 0.0f;  // of this lane's row, in the warps that finish the residual stream
-    int position = 0;       // of the new token of the voice for which this rank attends
-    bool active = true;     // that voice goes on; else its column holds whatever it does
+    float residual = 0.0f;        // of this lane's row, in the warps that finish the residual stream
+    int position = 0;             // of the new token of the voice for which this rank attends
+    bool active = true;           // that voice goes on; else its column holds whatever it does
     float2 angle = {0.0f, 0.0f};  // of this thread's pair at the next position, in the last threads
-    unsigned number = 0;    // of layers so far in the launch, from 1
+    unsigned number = 0;          // of layers so far in the launch, from 1
 
     DEVICE Worker(const LayerParams& params, unsigned shared, int cluster_, int rank_, Watch watch)
-        : p(params), base(shared), cluster(cluster_), rank(rank_), qkv(tiles_of(QKV_TILES, rank_)),
-          hidden(tiles_of(HIDDEN_TILES, rank_)), gated(tiles_of(GATED_TILES, rank_)), place(rank_),
-          ring{shared, watch, {}}, exchange{shared, watch} {}
+        : p(params),
+          base(shared),
+          cluster(cluster_),
+          rank(rank_),
+          qkv(tiles_of(QKV_TILES, rank_)),
+          hidden(tiles_of(HIDDEN_TILES, rank_)),
+          gated(tiles_of(GATED_TILES, rank_)),
+          place(rank_),
+          ring{shared, watch, {}},
+          exchange{shared, watch} {}
 
     DEVICE void sync() const { sync_named(1, TEAM); }
 #if defined(PROFILE)
     DEVICE void mark(int point) const {
         if (threadIdx.x == 0)
-            reinterpret_cast<unsigned*>(p.words + PROFILE_AT)[blockIdx.x * MARKS + point] = static_cast<unsigned>(clock64());
+            reinterpret_cast<unsigned*>(p.words + PROFILE_AT)[blockIdx.x * MARKS + point] =
+                static_cast<unsigned>(clock64());
     }
 #endif
 
@@ -121,7 +130,8 @@ struct Worker {
         });
         float sum = 0.0f;
 #pragma unroll
-        for (int c = 0; c < CLUSTERS; ++c) sum += c == cluster ? mine : bits_to_float(static_cast<int>(word_value(heard[c])));
+        for (int c = 0; c < CLUSTERS; ++c)
+            sum += c == cluster ? mine : bits_to_float(static_cast<int>(word_value(heard[c])));
         residual += sum;
     }
 
@@ -165,7 +175,8 @@ struct Worker {
         MARK(1);
         multiply<most_of_rank(QKV_TILES), HIDDEN_STEPS>(ring, qkv.count(), exchange.at(EX_HIDDEN), 0);
         MARK(2);
-        keys.begin(cache(p.keys, layer, 0), cache(p.values, layer, place.dims * OUT_DIMS), place.part, active ? position : 0);
+        keys.begin(cache(p.keys, layer, 0), cache(p.values, layer, place.dims * OUT_DIMS), place.part,
+                   active ? position : 0);
         exchange.await(EX_SUMS);
         // Four warps, or as many as it takes, send one voice's rows to all ranks.
         constexpr int SENDERS = RECEIVERS > 4 ? (RECEIVERS + 3) / 4 : 1, TOGETHER = TEAM_WARPS / SENDERS;
@@ -270,8 +281,7 @@ struct Worker {
             sum += weight * sums[w];
             v.x += weight * part.x, v.y += weight * part.y, v.z += weight * part.z, v.w += weight * part.w;
         }
-        const uint4 bits = make_uint4(float_to_bits(v.x), float_to_bits(v.y), float_to_bits(v.z),
-                                      float_to_bits(v.w));
+        const uint4 bits = make_uint4(float_to_bits(v.x), float_to_bits(v.y), float_to_bits(v.z), float_to_bits(v.w));
         const unsigned to_share = rank * OUT_STRIDE * 4;
 #pragma unroll
         for (int to = threadIdx.x / UNITS; to < RECEIVERS; to += TEAM / UNITS)
@@ -309,7 +319,8 @@ struct Worker {
                 sum += weight * states[i].y;
                 value += weight * values[i];
             }
-            store_shared<Element>(base + ATTENDED_AT + voice * ATTENDED_STRIDE + dim * 2, from_float(value * reciprocal_fast(sum)));
+            store_shared<Element>(base + ATTENDED_AT + voice * ATTENDED_STRIDE + dim * 2,
+                                  from_float(value * reciprocal_fast(sum)));
         }
         sync_warp();
     }
@@ -339,8 +350,8 @@ struct Worker {
 #pragma unroll
         for (int pass = 0; pass < GATED_PASSES; ++pass) {
             const Tiles tiles = tiles_of_pass<GATED_PASSES>(gated, pass);
-            multiply<GATED_PASS_TILES, HIDDEN_STEPS>(
-                ring, tiles.count(), exchange.at(EX_AFTER), (tiles.begin - gated.begin) * TILE);
+            multiply<GATED_PASS_TILES, HIDDEN_STEPS>(ring, tiles.count(), exchange.at(EX_AFTER),
+                                                     (tiles.begin - gated.begin) * TILE);
         }
         MARK(16);
         exchange.await(EX_SUMS_AFTER);

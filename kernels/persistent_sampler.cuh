@@ -4,12 +4,12 @@
 
 #include "persistent_head.cuh"
 
-constexpr unsigned RECORD_AT = SAMPLER_AT;                    // SlotState; of the team
-constexpr unsigned TOLD_AT = RECORD_AT + 64;                  // SlotState and the token word; from the team to the clerk
-constexpr unsigned PARTS_AT = TOLD_AT + 80;                   // (best, id, least) of each warp
-constexpr unsigned CANCEL_AT = PARTS_AT + TEAM_WARPS * 16;    // 1: the host wants no more tokens
-constexpr unsigned NEWS_AT = CANCEL_AT + 4;                   // count of tokens that the clerk was told
-constexpr unsigned FITS_AT = NEWS_AT + 12;                    // whether each warp's list holds what it keeps
+constexpr unsigned RECORD_AT = SAMPLER_AT;                  // SlotState; of the team
+constexpr unsigned TOLD_AT = RECORD_AT + 64;                // SlotState and the token word; from the team to the clerk
+constexpr unsigned PARTS_AT = TOLD_AT + 80;                 // (best, id, least) of each warp
+constexpr unsigned CANCEL_AT = PARTS_AT + TEAM_WARPS * 16;  // 1: the host wants no more tokens
+constexpr unsigned NEWS_AT = CANCEL_AT + 4;                 // count of tokens that the clerk was told
+constexpr unsigned FITS_AT = NEWS_AT + 12;                  // whether each warp's list holds what it keeps
 constexpr unsigned DISTANCES_AT = FITS_AT + TEAM_WARPS * 4;
 constexpr unsigned SEARCH_AT = aligned_16(DISTANCES_AT + DISTANCES * 4);
 constexpr unsigned SCORES_AT = SEARCH_AT + SEARCH_BYTES;
@@ -138,7 +138,8 @@ struct Sampler {
         const unsigned best = max_of_lanes(mine.order);
         const unsigned id = min_of_lanes(mine.order == best ? mine.id : 0xffffffffu);
         const unsigned least = min_of_lanes(mine.least);
-        if (lane_index() == 0) store_shared<uint4>(base + PARTS_AT + warp_index() * 16, make_uint4(best, id, least, 0u));
+        if (lane_index() == 0)
+            store_shared<uint4>(base + PARTS_AT + warp_index() * 16, make_uint4(best, id, least, 0u));
         sync();  // parts, scores and distances are written
         Best all;
 #pragma unroll
@@ -246,7 +247,8 @@ struct Sampler {
             store_global<unsigned>(seen, load_global_fresh<unsigned>(seen) | 1u << token % 32);
         }
         store_slot(place.slot, slot);
-        if ((word & TOKEN_END) != 0) store_global<int>(place.slot_of_row, (word & TOKEN_RUNNING) != 0 ? place.slot_index : -1);
+        if ((word & TOKEN_END) != 0)
+            store_global<int>(place.slot_of_row, (word & TOKEN_RUNNING) != 0 ? place.slot_index : -1);
         publish(place.progress, progress_word(slot, token));
         if (p.cancel != nullptr && load_flag(p.cancel) != 0) store_release(base + CANCEL_AT, 1u);
     }

@@ -76,7 +76,8 @@ DEVICE Tiles tiles_of(unsigned tiles, unsigned rank) {
 }
 template <int PASSES> DEVICE Tiles tiles_of_pass(Tiles all, int pass) {
     const unsigned count = all.count(), index = pass;
-    return {all.begin + static_cast<int>(count * index / PASSES), all.begin + static_cast<int>(count * (index + 1) / PASSES)};
+    return {all.begin + static_cast<int>(count * index / PASSES),
+            all.begin + static_cast<int>(count * (index + 1) / PASSES)};
 }
 DEVICE Tiles head_tiles(unsigned block) {
     return {static_cast<int>(HEAD_TILES * block / BLOCKS), static_cast<int>(HEAD_TILES * (block + 1) / BLOCKS)};
@@ -110,10 +111,10 @@ constexpr unsigned exchange_bytes(int exchange) {
                                      : VOICES * HIDDEN_TILES * 4;
 }
 constexpr unsigned buffer_bytes(int exchange) {
-    return exchange == EX_GATED                              ? VOICES * GATED_STRIDE
-           : exchange == EX_HIDDEN || exchange == EX_AFTER ? VOICES * HIDDEN_STRIDE
+    return exchange == EX_GATED                               ? VOICES * GATED_STRIDE
+           : exchange == EX_HIDDEN || exchange == EX_AFTER    ? VOICES * HIDDEN_STRIDE
            : exchange == EX_SUMS || exchange == EX_SUMS_AFTER ? VOICES * SUMS_STRIDE
-                                                             : aligned_16(exchange_bytes(exchange));
+                                                              : aligned_16(exchange_bytes(exchange));
 }
 constexpr unsigned RING_AT = 0;
 constexpr unsigned exchange_at(int exchange) {
@@ -121,15 +122,17 @@ constexpr unsigned exchange_at(int exchange) {
     for (int i = 0; i < exchange; ++i) at += buffer_bytes(i);
     return at;
 }
-constexpr unsigned PARTIAL_AT = exchange_at(EXCHANGES);                             // (TEAM_WARPS, VOICES, MOST_TILES * 16) float
-constexpr unsigned SHARE_AT = PARTIAL_AT + TEAM_WARPS * VOICES * MOST_TILES * TILE * 4;          // (TEAM_WARPS, OUT_STRIDE) float
-constexpr unsigned ATTENDED_AT = SHARE_AT + TEAM_WARPS * OUT_STRIDE * 4;                // (VOICES, Q_ROWS) Element
-constexpr unsigned GAINS_AT = ATTENDED_AT + VOICES * ATTENDED_STRIDE;                // (2, HEAD_DIM) float of the layer
-constexpr unsigned ANGLES_AT = GAINS_AT + 2 * HEAD_DIM * 4;                        // (2, HEAD_DIM / 2) float: cosines, sines
-constexpr unsigned BARRIERS_AT = ANGLES_AT + HEAD_DIM * 4;                         // see below
-constexpr unsigned CONSUMED_AT = BARRIERS_AT + 8 * (RING_SLOTS + EXCHANGES);         // (TEAM_WARPS,) products that a warp has read
+constexpr unsigned PARTIAL_AT = exchange_at(EXCHANGES);  // (TEAM_WARPS, VOICES, MOST_TILES * 16) float
+constexpr unsigned SHARE_AT =
+    PARTIAL_AT + TEAM_WARPS * VOICES * MOST_TILES * TILE * 4;             // (TEAM_WARPS, OUT_STRIDE) float
+constexpr unsigned ATTENDED_AT = SHARE_AT + TEAM_WARPS * OUT_STRIDE * 4;  // (VOICES, Q_ROWS) Element
+constexpr unsigned GAINS_AT = ATTENDED_AT + VOICES * ATTENDED_STRIDE;     // (2, HEAD_DIM) float of the layer
+constexpr unsigned ANGLES_AT = GAINS_AT + 2 * HEAD_DIM * 4;               // (2, HEAD_DIM / 2) float: cosines, sines
+constexpr unsigned BARRIERS_AT = ANGLES_AT + HEAD_DIM * 4;                // see below
+constexpr unsigned CONSUMED_AT =
+    BARRIERS_AT + 8 * (RING_SLOTS + EXCHANGES);  // (TEAM_WARPS,) products that a warp has read
 constexpr unsigned DEAD_AT = CONSUMED_AT + 4 * TEAM_WARPS;
-constexpr unsigned STOP_AT = DEAD_AT + 4;   // 1: no more weights are wanted
+constexpr unsigned STOP_AT = DEAD_AT + 4;  // 1: no more weights are wanted
 constexpr unsigned SHARED_END = DEAD_AT + 16;
 
 constexpr unsigned full_barrier(int slot) { return BARRIERS_AT + 8 * slot; }

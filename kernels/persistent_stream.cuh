@@ -61,7 +61,9 @@ struct Blocks {
     Tiles qkv, hidden, gated, head;
 
     DEVICE Blocks(int rank, int block)
-        : qkv(tiles_of(QKV_TILES, rank)), hidden(tiles_of(HIDDEN_TILES, rank)), gated(tiles_of(GATED_TILES, rank)),
+        : qkv(tiles_of(QKV_TILES, rank)),
+          hidden(tiles_of(HIDDEN_TILES, rank)),
+          gated(tiles_of(GATED_TILES, rank)),
           head(head_tiles(block)) {}
 
     static constexpr int OF_LAYER = 3 + GATED_PASSES;  // QKV, O, the passes of gate and up, down
@@ -82,7 +84,7 @@ struct Streamer {
     const Blocks& blocks;
     int layers;
     bool with_head;
-    Chunk next;          // place of the copy that comes next
+    Chunk next;  // place of the copy that comes next
     int room = RING_SLOTS;
     int copies = 0;
     unsigned products = 0;  // whose room has been taken back

@@ -10,8 +10,8 @@
 
 // Where a spin that gives up leaves its mark.
 struct Watch {
-    unsigned* error;      // global word of the launch, 0 while all is well
-    unsigned dead;        // shared word of the block: 1 once a wait of the launch has given up
+    unsigned* error;  // global word of the launch, 0 while all is well
+    unsigned dead;    // shared word of the block: 1 once a wait of the launch has given up
 
     DEVICE bool is_dead() const { return load_flag_shared(dead) != 0; }
 

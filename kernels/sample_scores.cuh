@@ -43,7 +43,6 @@ struct Scores {
         }
     }
 
-
     DEVICE void penalise(const unsigned* slot_seen, float slot_penalty) {
         seen = slot_seen;
         penalty = slot_penalty;

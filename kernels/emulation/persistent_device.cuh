@@ -30,9 +30,12 @@ inline long long emulated_clock = 0;
 
 inline unsigned long long emulated_key(unsigned address) {
     const unsigned block = address >> BLOCK_SHIFT;
-    return static_cast<unsigned long long>(block == 0 ? blockIdx.x : block - 1) << 24 | (address & ((1u << BLOCK_SHIFT) - 1));
+    return static_cast<unsigned long long>(block == 0 ? blockIdx.x : block - 1) << 24 |
+           (address & ((1u << BLOCK_SHIFT) - 1));
 }
-inline unsigned long long emulated_phase(unsigned long long key, unsigned phase) { return key << 24 | (phase & 0xffffffu); }
+inline unsigned long long emulated_phase(unsigned long long key, unsigned phase) {
+    return key << 24 | (phase & 0xffffffu);
+}
 
 inline void emulated_count(unsigned address, int arrivals, long long bytes) {
     const unsigned long long key = emulated_key(address);
@@ -91,7 +94,9 @@ inline Word load_word(const Word* address) {
     emulation::observe(reinterpret_cast<unsigned long long>(address));
     return load_global<Word>(address);
 }
-inline void store_words(Word* address, Word first, Word second) { store_word(address, first), store_word(address + 1, second); }
+inline void store_words(Word* address, Word first, Word second) {
+    store_word(address, first), store_word(address + 1, second);
+}
 inline void load_words(const Word* address, Word& first, Word& second) {
     first = load_word(address), second = load_word(address + 1);
 }

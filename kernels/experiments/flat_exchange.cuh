@@ -54,8 +54,10 @@ struct Exchange {
 
     // The sums of squares come with their rows.
     DEVICE void await(int exchange) {
-        if (exchange == EX_HIDDEN) receive<exchange_bytes(EX_HIDDEN) / 4, exchange_bytes(EX_SUMS) / 4>(EX_HIDDEN, EX_SUMS);
-        if (exchange == EX_AFTER) receive<exchange_bytes(EX_AFTER) / 4, exchange_bytes(EX_SUMS_AFTER) / 4>(EX_AFTER, EX_SUMS_AFTER);
+        if (exchange == EX_HIDDEN)
+            receive<exchange_bytes(EX_HIDDEN) / 4, exchange_bytes(EX_SUMS) / 4>(EX_HIDDEN, EX_SUMS);
+        if (exchange == EX_AFTER)
+            receive<exchange_bytes(EX_AFTER) / 4, exchange_bytes(EX_SUMS_AFTER) / 4>(EX_AFTER, EX_SUMS_AFTER);
         if (exchange == EX_QKV) receive<exchange_bytes(EX_QKV) / 4, 0>(EX_QKV, EX_QKV);
         if (exchange == EX_ATTENDED) receive<exchange_bytes(EX_ATTENDED) / 4, 0>(EX_ATTENDED, EX_ATTENDED);
         if (exchange == EX_GATED) receive<exchange_bytes(EX_GATED) / 4, 0>(EX_GATED, EX_GATED);
@@ -106,8 +108,9 @@ struct Exchange {
         for (int n = 0; n < MOST; ++n) {
             const int i = threadIdx.x + n * TEAM;
             if (i < FIRST + SECOND)
-                store_shared<unsigned>(base + (i < FIRST ? exchange_at(first) + i * 4 : exchange_at(second) + (i - FIRST) * 4),
-                                       word_value(heard[n]));
+                store_shared<unsigned>(
+                    base + (i < FIRST ? exchange_at(first) + i * 4 : exchange_at(second) + (i - FIRST) * 4),
+                    word_value(heard[n]));
         }
 #else
         constexpr int PAIRS = (FIRST + SECOND) / 2, MOST = (PAIRS + TEAM - 1) / TEAM;
@@ -123,7 +126,8 @@ struct Exchange {
 #pragma unroll
             for (int n = 0; n < MOST; ++n) {
                 const int i = 2 * (threadIdx.x + n * TEAM);
-                if (i < 2 * PAIRS) all = all && word_number(heard[n][0]) == number && word_number(heard[n][1]) == number;
+                if (i < 2 * PAIRS)
+                    all = all && word_number(heard[n][0]) == number && word_number(heard[n][1]) == number;
             }
             return all;
         });

@@ -151,7 +151,10 @@ class Shape:
         if self.local_heads % self.group and self.group % self.local_heads:
             return f"{self.local_heads} heads of a cluster fall across groups of {self.group}"
         if self.ranks % self.local_heads or self.ranks_of_head % (self.dim_parts * self.voices):
-            return f"{self.ranks} ranks do not divide by {self.local_heads} heads, {self.dim_parts} parts, {self.voices} voices"
+            return (
+                f"{self.ranks} ranks do not divide by {self.local_heads} heads, {self.dim_parts} parts, "
+                f"{self.voices} voices"
+            )
         if self.owners * self.voices > WARPS:
             return f"{self.voices} voices have more than 32 rows for each warp of {self.blocks} blocks"
         if self.hidden % TILE:
@@ -166,7 +169,8 @@ class Shape:
 
     def exchange_bytes(self) -> list[int]:
         """Bytes of each exchange's buffer, in their order."""
-        v, hidden, sums = self.voices, self.voices * (self.hidden * 2 + 16), self.voices * ceil(self.hidden_tiles, 4) * 16
+        v, hidden = self.voices, self.voices * (self.hidden * 2 + 16)
+        sums = self.voices * ceil(self.hidden_tiles, 4) * 16
         attended = self.ranks * (self.out_dims + 4) * 4
         gated = v * (self.channels // self.clusters * 2 + 16)
         return [v * self.qkv_tiles * TILE * 4, attended, hidden, hidden, gated, sums, sums]
