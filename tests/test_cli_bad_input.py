@@ -356,7 +356,7 @@ def test_signals_in_the_middle_of_speaking(place: Path, number: int, code: int) 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with command_line.started("generate", "-t", LONG_TEXT, "-o", "a.wav", "-v", cwd=place, **pipes) as child:
         assert child.stderr is not None
-        while not child.stderr.readline().startswith(b"attention"):
+        while not child.stderr.readline().startswith(b"decoder"):  # the last line before it speaks
             pass
         child.send_signal(number)
         assert child.stderr.read() == b""
