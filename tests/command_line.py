@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -68,12 +69,21 @@ def process(*arguments: object, **options: Any) -> subprocess.CompletedProcess[b
 
 @contextmanager
 def started(*arguments: object, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A running `python -m soprano_cupy ARGUMENTS`, which is ended with the context."""
-    with subprocess.Popen(command(*arguments), **{"env": environment(), **options}) as child:
+    """A running `python -m soprano_cupy ARGUMENTS`, which is ended with the context.
+
+    Signals do to it what they do in a terminal, also where these tests run in the background and ignore them.
+    """
+    options = {"env": environment(), "preexec_fn": heed_signals, **options}
+    with subprocess.Popen(command(*arguments), **options) as child:
         try:
             yield child
         finally:
             child.kill()
+
+
+def heed_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def command(*arguments: object) -> list[str]:
