@@ -86,11 +86,6 @@ class Loop:
         self._requests = requests
         self._give_up = give_up
         self._xp = array_module(runner.device)
-        prompt = max(len(r.ids) for r in requests)
-        if prompt > runner.config.max_positions:
-            raise ParameterError(
-                f"a prompt has {prompt} tokens; this model reads at most {runner.config.max_positions}: split the text"
-            )
         longest = max(len(r.ids) + r.params.max_new_tokens for r in requests)
         self._cache = runner.new_cache(len(requests), min(longest, runner.config.max_positions))
         self._active = list(range(len(requests)))  # the request in each slot
@@ -187,7 +182,12 @@ class Loop:
 
 
 def begin(runner: LanguageModelRunner, requests: Sequence[Request], *, give_up: bool = False) -> Rounds:
-    """The runner's own loop where it has one, else the common one."""
+    """The runner's own loop where it has one, else the common one. `ParameterError` for a prompt that is too long."""
+    prompt = max(len(r.ids) for r in requests)
+    if prompt > runner.config.max_positions:
+        raise ParameterError(
+            f"a prompt has {prompt} tokens; this model reads at most {runner.config.max_positions}: split the text"
+        )
     return runner.begin(requests, give_up=give_up) or Loop(runner, requests, give_up=give_up)
 
 

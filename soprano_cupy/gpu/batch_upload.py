@@ -12,6 +12,7 @@ from . import step
 from ._driver import MappedMemory, copy
 from .arena import Arena
 from .batch_sizes import BatchSizes, Specs
+from .slots import seen_masks
 
 
 class Upload:
@@ -34,10 +35,7 @@ class Upload:
         count = len(requests)
         for i, request in enumerate(requests):
             view[i] = step.slot_state(request, sizes.capacity, give_up=give_up)
-        held = np.zeros((count, seen.shape[1] * 32), np.uint8)
-        for i, request in enumerate(requests):
-            held[i, request.ids] = 1
-        seen[:count] = np.packbits(held, axis=1, bitorder="little").view(np.uint32)
+        seen[:count] = seen_masks([request.ids for request in requests], seen.shape[1])
         self._views["slot_of_row"][:] = -1
         self._views["slot_of_row"][:count] = np.arange(count)
 

@@ -12,7 +12,7 @@ from ..crowd.device import Entry
 from . import program
 from .arena import Arena
 from .batch_sizes import Specs
-from .slots import slot_state
+from .slots import seen_masks, slot_state
 
 TURNS = 4  # tables under way
 
@@ -72,13 +72,11 @@ def write_entries(
     lengths = np.array([len(ids) for ids in prompts])
     ends = np.cumsum(lengths)
     total = int(ends[-1])
-    held = np.zeros((count, tables["staged_seen"].shape[1] * 32), np.uint8)
     for i, entry in enumerate(entries):
         record = np.array(slot_state(entry.request, capacity, give_up=entry.give_up))
         record["limit"] = min(int(record["limit"]), tokens)
         tables["staged_slots"][i] = record.reshape(1).view(np.uint64)
-        held[i, entry.request.ids] = 1
-    tables["staged_seen"][:count] = np.packbits(held, axis=1, bitorder="little").view(np.uint32)
+    tables["staged_seen"][:count] = seen_masks(prompts, tables["staged_seen"].shape[1])
     tables["entry_slots"][:bucket] = -1
     tables["entry_slots"][:count] = slots
     tables["target_rows"][:bucket] = 0

@@ -21,15 +21,10 @@ from ..cuda.module import DeviceFacts
 from ..errors import DeviceError
 from . import step
 from .launch import Blocks, Field, Launch, Symbol
-from .linear import DEPTH_STEP, TILE_FEATURES, End, LinearRequest, plan_linear
+from .linear import TILE_FEATURES, End, LinearRequest, padded, plan_linear
 from .weights import Layer, Weights
 
 ITEM_BYTES = 2  # of an Element
-
-
-def padded(size: int) -> int:
-    """The columns of an array that a product sums over."""
-    return -(-size // DEPTH_STEP) * DEPTH_STEP
 
 
 def activation_specs(config: ModelConfig, rows: int, element: str) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -27,6 +27,11 @@ _ANY_ADDRESS = 1 << 20  # stands for a pointer where only the kernel is asked fo
 _MAX_GRID_YZ = 65_535
 
 
+def padded(depth: int) -> int:
+    """The columns of an array that a product sums over."""
+    return ceil_div(depth, DEPTH_STEP) * DEPTH_STEP
+
+
 class End(IntEnum):
     """What becomes of the product; the END_ constants of `kernels/linear_params.cuh`."""
 
@@ -67,7 +72,7 @@ class LinearRequest:
     @property
     def padded_depth(self) -> int:
         """What the kernel sums over."""
-        return -(-self.depth // DEPTH_STEP) * DEPTH_STEP
+        return padded(self.depth)
 
     @property
     def feature_tiles(self) -> int:
@@ -126,12 +131,12 @@ class LinearRequest:
 def plan_linear(request: LinearRequest) -> Launch:
     """The launch for a product; `ParameterError` where no kernel can take it."""
     _check(request)
-    measured = measured_shape(problem_of(request))
-    launch = _plan_hopper(request) if request.capability == (9, 0) and measured is None else None
+    problem = problem_of(request)
+    launch = _plan_hopper(request) if request.capability == (9, 0) and measured_shape(problem) is None else None
     if launch is not None:
         return launch
     least = request.rows_min if isinstance(request.rows, Symbol) else request.rows
-    return plan_shape(request, best_shape(problem_of(request), least, request.most_rows))
+    return plan_shape(request, best_shape(problem, least, request.most_rows))
 
 
 def _plan_hopper(request: LinearRequest) -> Launch | None:
@@ -255,7 +260,7 @@ def sample_request(
         depth=product.depth,
         weights=_ANY_ADDRESS,
         input=_ANY_ADDRESS,
-        input_stride=ceil_div(product.depth, DEPTH_STEP) * DEPTH_STEP,
+        input_stride=padded(product.depth),
         output=_ANY_ADDRESS,
         square_sums=_ANY_ADDRESS if product.norm else 0,
         residual=_ANY_ADDRESS,

@@ -21,7 +21,8 @@ from ..runner import KVCache, LanguageModelRunner
 from .arena import Arena
 from .batch import Batch
 from .batch_sizes import BUCKETS, CAPACITY_STEP, BatchSizes, bucket_of, sizes_for
-from .forward import Activations, Cache, Forward, PromptSizes, PromptTables, RowRange, activation_specs, padded
+from .forward import Activations, Cache, Forward, PromptSizes, PromptTables, RowRange, activation_specs
+from .linear import padded
 from .program import driver_problem, load_program
 from .rounds import GpuRounds
 from .weights import Weights
@@ -108,11 +109,6 @@ class GpuLanguageModel(LanguageModelRunner):
         return self.weight_bytes + sum(batch.nbytes for batch in self._idle)
 
     def begin(self, requests: Sequence[Request], *, give_up: bool = False) -> GpuRounds:
-        longest = max(len(r.ids) for r in requests)
-        if longest > self.config.max_positions:
-            raise ParameterError(
-                f"a prompt has {longest} tokens; this model reads at most {self.config.max_positions}: split the text"
-            )
         return GpuRounds(self, requests, give_up=give_up)
 
     @contextmanager

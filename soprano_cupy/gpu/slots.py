@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,14 @@ def slot_state(request: Request, capacity: int, *, give_up: bool = False) -> Any
     record["limit"] = min(params.max_new_tokens, capacity - len(request.ids) + 1)
     record["position"] = len(request.ids) - 1
     return record[()]
+
+
+def seen_masks(prompts: Sequence[np.ndarray], words: int) -> np.ndarray:
+    """(len(prompts), words) uint32: bit i % 32 of word i / 32 is set for each id i that the prompt holds."""
+    held = np.zeros((len(prompts), words * 32), np.uint8)
+    for row, ids in zip(held, prompts, strict=True):
+        row[ids] = 1
+    return np.packbits(held, axis=1, bitorder="little").view(np.uint32)
 
 
 def progress_count(word: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..config import DecoderConfig
 from .launch import Blocks, Field, Launch, Symbol
-from .linear import DEPTH_STEP, End, LinearRequest
+from .linear import End, LinearRequest, padded
 from .vocos_tables import PARTS, ROW_BYTES, SEGMENT, SPAN_BYTES, TOKEN_BYTES, margins
 
 EPSILON = 1e-6  # of every norm
@@ -48,11 +48,6 @@ MAX_DIM = 4096  # channels that a thread block holds, four a thread
 MAX_N_FFT = 4096
 MIN_N_FFT = 64
 MAX_MARGIN = 256  # frames; a slice has 1,024 at least
-
-
-def padded(depth: int) -> int:
-    """The columns of an array that a product sums over."""
-    return -(-depth // DEPTH_STEP) * DEPTH_STEP
 
 
 def unsupported(config: DecoderConfig) -> str | None:
