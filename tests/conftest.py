@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from soprano_cupy.cuda.compiler import Nvrtc
 
 
 @pytest.fixture(scope="session")
@@ -15,6 +19,18 @@ def shared_dir() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip(f"reference data not found at {folder}; set SOPRANO_SHARED to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def nvrtc() -> Nvrtc:
+    """NVRTC, for tests that compile kernels; they skip where there is none."""
+    from soprano_cupy.cuda.compiler import find_nvrtc
+    from soprano_cupy.errors import DeviceError
+
+    try:
+        return find_nvrtc()
+    except DeviceError as error:
+        pytest.skip(str(error))
 
 
 def pytest_configure() -> None:

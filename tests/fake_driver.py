@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +111,13 @@ def launch(**changes: Any) -> Launch:
         "params": bytes(16),
     }
     return Launch(**(values | changes))
+
+
+def use(fake: FakeDriver) -> Iterator[FakeDriver]:
+    """The launcher on this library, as new, for one test."""
+    from soprano_cupy.gpu import _driver
+
+    fake.reset()
+    _driver._use_library(str(fake.path))
+    yield fake
+    _driver._use_library(None)

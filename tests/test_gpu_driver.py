@@ -13,7 +13,7 @@ from typing import Any
 import command_line
 import numpy as np
 import pytest
-from fake_driver import CONTEXT, STREAM, FakeDriver, Record, builder, launch
+from fake_driver import CONTEXT, STREAM, FakeDriver, Record, builder, launch, use
 
 from soprano_cupy.errors import DeviceError, ParameterError
 from soprano_cupy.gpu.launch import Blocks, Field, Launch, Symbol
@@ -26,13 +26,6 @@ MAX_GRID_X, MAX_GRID_YZ = 2**31 - 1, 65_535
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FakeDriver]:
     return builder(tmp_path_factory.mktemp("fake_cuda"))
-
-
-def use(fake: FakeDriver) -> Iterator[FakeDriver]:
-    fake.reset()
-    driver._use_library(str(fake.path))
-    yield fake
-    driver._use_library(None)
 
 
 @pytest.fixture

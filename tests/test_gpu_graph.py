@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_driver import STREAM, FakeDriver, builder, launch
+from fake_driver import STREAM, FakeDriver, builder, launch, use
 
 from soprano_cupy.errors import DeviceError, ParameterError
 from soprano_cupy.gpu.launch import Blocks, Launch, Symbol
@@ -20,13 +20,6 @@ driver = pytest.importorskip("soprano_cupy.gpu._driver", reason="the extension m
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FakeDriver]:
     return builder(tmp_path_factory.mktemp("fake_cuda"))
-
-
-def use(fake: FakeDriver) -> Iterator[FakeDriver]:
-    fake.reset()
-    driver._use_library(str(fake.path))
-    yield fake
-    driver._use_library(None)
 
 
 @pytest.fixture

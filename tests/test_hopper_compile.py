@@ -14,7 +14,7 @@ import pytest
 
 from soprano_cupy.attention import hopper
 from soprano_cupy.attention.problem import Problem
-from soprano_cupy.cuda.compiler import Binary, Nvrtc, compile_options, find_nvrtc
+from soprano_cupy.cuda.compiler import Binary, Nvrtc, compile_options
 from soprano_cupy.cuda.source import joined_source
 from soprano_cupy.errors import DeviceError
 
@@ -31,14 +31,6 @@ def problem(**changes: object) -> Problem:
         num_heads=4, num_kv_heads=1, head_dim=128,
     )  # fmt: skip
     return replace(base, **changes)
-
-
-@pytest.fixture(scope="module")
-def nvrtc() -> Nvrtc:
-    try:
-        return find_nvrtc()
-    except DeviceError as error:
-        pytest.skip(str(error))
 
 
 def compile_kernel(nvrtc: Nvrtc, call: Problem, extra: str = "", splits: int = 1) -> Binary:

@@ -17,9 +17,8 @@ import pytest
 from soprano_cupy.attention.launch import LaunchPlan
 from soprano_cupy.attention.probe import ShapeClass
 from soprano_cupy.attention.variants import architecture_facts, variants
-from soprano_cupy.cuda.compiler import Nvrtc, compile_options, find_nvrtc
+from soprano_cupy.cuda.compiler import Nvrtc, compile_options
 from soprano_cupy.cuda.source import joined_source
-from soprano_cupy.errors import DeviceError
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 DTYPES = ("float16", "bfloat16", "float32")
@@ -50,14 +49,6 @@ def case_name(architecture: str, plan: LaunchPlan) -> str:
 
 
 CASES = list(cases())
-
-
-@pytest.fixture(scope="module")
-def nvrtc() -> Nvrtc:
-    try:
-        return find_nvrtc()
-    except DeviceError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(("architecture", "plan"), CASES, ids=[case_name(*case) for case in CASES])

@@ -9,9 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from soprano_cupy.cuda.compiler import Binary, Nvrtc, compile_options, find_nvrtc
+from soprano_cupy.cuda.compiler import Binary, Nvrtc, compile_options
 from soprano_cupy.cuda.source import joined_source
-from soprano_cupy.errors import DeviceError
 from soprano_cupy.gpu import linear_hopper
 from soprano_cupy.gpu.launch import Symbol
 from soprano_cupy.gpu.linear import End, LinearRequest
@@ -34,14 +33,6 @@ def request(**changes: object) -> LinearRequest:
         weights=1 << 20, input=2 << 20, input_stride=512, output=3 << 20, output_stride=768, square_sums=4 << 20,
     )  # fmt: skip
     return replace(base, **changes)
-
-
-@pytest.fixture(scope="module")
-def nvrtc() -> Nvrtc:
-    try:
-        return find_nvrtc()
-    except DeviceError as error:
-        pytest.skip(str(error))
 
 
 def compile_variant(nvrtc: Nvrtc, variant: Variant, wanted: LinearRequest, extra: str = "") -> Binary:

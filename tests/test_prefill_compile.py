@@ -9,9 +9,8 @@ import pytest
 
 from soprano_cupy.attention import prefill
 from soprano_cupy.attention.launch import LaunchPlan
-from soprano_cupy.cuda.compiler import Nvrtc, compile_options, find_nvrtc
+from soprano_cupy.cuda.compiler import Nvrtc, compile_options
 from soprano_cupy.cuda.source import joined_source
-from soprano_cupy.errors import DeviceError
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 MAX_REGISTERS = 255
@@ -24,14 +23,6 @@ class Sizes:
     seqlen_k: int = 1
     num_heads: int = 4
     num_kv_heads: int = 1
-
-
-@pytest.fixture(scope="module")
-def nvrtc() -> Nvrtc:
-    try:
-        return find_nvrtc()
-    except DeviceError as error:
-        pytest.skip(str(error))
 
 
 # head_dim, queries of one sequence (from few, narrow tiles, to many, wide ones), dtype, group, causal

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import pytest
+from compiling import MULTIPROCESSORS, REGISTERS, case_name, registers_without_spills
 
-from soprano_cupy.cuda.compiler import Nvrtc, compile_options, find_nvrtc
-from soprano_cupy.cuda.source import joined_source
-from soprano_cupy.errors import DeviceError
+from soprano_cupy.cuda.compiler import Nvrtc
 from soprano_cupy.gpu import step
 from soprano_cupy.gpu.launch import Launch
 
-MULTIPROCESSORS = {75: 40, 80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
-REGISTERS = 65_536  # of one multiprocessor
-WARNINGS = re.compile(r"warning", re.IGNORECASE)
-OLD_ARCHITECTURE = "Architectures prior to '<compute/sm>_75' are deprecated"
-USED = re.compile(r"Used (\d+) registers")
-SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 DECODE_WARPS = {8: 16, 16: 12, 32: 8}  # of attention's, that a multiprocessor is to hold, by TILE_ROWS
 
 
@@ -72,30 +64,11 @@ def cases() -> Iterator[tuple[int, Launch]]:
 CASES = list(cases())
 
 
-def case_name(number: int, launch: Launch) -> str:
-    constants = ",".join(f"{name}={value}" for name, value in launch.defines)
-    return f"sm_{number}-{launch.source.removesuffix('.cu')}-{constants}"
-
-
-@pytest.fixture(scope="module")
-def nvrtc() -> Nvrtc:
-    try:
-        return find_nvrtc()
-    except DeviceError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize(("number", "launch"), CASES, ids=[case_name(*case) for case in CASES])
 def test_compiles_within_its_registers(nvrtc: Nvrtc, number: int, launch: Launch) -> None:
     if number not in nvrtc.architectures:
         pytest.skip("NVRTC {}.{} does not compile for sm_{}".format(*nvrtc.version, number))
-    source = joined_source(launch.source)
-    log = nvrtc.compile(source, launch.source, compile_options(f"sm_{number}", launch.defines)).log
-    frames, registers = SPILLS.findall(log), USED.findall(log)
-    assert frames, log
-    assert set(frames) == {("0", "0", "0")}, log
-    assert max(map(int, registers)) <= register_ceiling(launch), log
-    assert not [line for line in log.splitlines() if WARNINGS.search(line) and OLD_ARCHITECTURE not in line], log
+    assert max(registers_without_spills(nvrtc, number, launch)) <= register_ceiling(launch)
 
 
 def register_ceiling(launch: Launch) -> int:

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import pytest
 
 from soprano_cupy.config import DecoderConfig
-from soprano_cupy.cuda.compiler import Nvrtc, compile_options, find_nvrtc
+from soprano_cupy.cuda.compiler import Nvrtc, compile_options
 from soprano_cupy.cuda.source import joined_source
-from soprano_cupy.errors import DeviceError
 from soprano_cupy.gpu.launch import Launch
 from soprano_cupy.gpu.vocos_plan import Facts, unsupported, variants
 from soprano_cupy.testing import SOPRANO_1_1_80M_DECODER, SOPRANO_80M_DECODER
@@ -53,14 +52,6 @@ def cases() -> Iterator[tuple[int, str, Launch]]:
 
 
 CASES = list(cases())
-
-
-@pytest.fixture(scope="module")
-def nvrtc() -> Nvrtc:
-    try:
-        return find_nvrtc()
-    except DeviceError as error:
-        pytest.skip(str(error))
 
 
 @pytest.mark.parametrize(
