@@ -4,7 +4,7 @@
 // weights arrives as it lies in memory and a lane reads its words of 16 x 16 weights in one 128-bit access. X is the right
 // operand, rows along N, as a copy with the 128-byte swizzle lays it into shared memory. Both copies go by tensor maps.
 //
-// One warp copies; three beside it work out the norm's factors; the other warpgroups compute. Blocks stay and walk over
+// Two warps copy; two beside them work out the norm's factors; the other warpgroups compute. Blocks stay and walk over
 // tiles of BLOCK_FEATURES x TILE_ROWS. All tiles of a block pass through one ring of stages, in order. With GROUPS = 2
 // the groups of warpgroups take every second tile: while one finishes its tile, the other has the tensor cores. With
 // SPLITS > 1 the blocks of a cluster divide the depth of one tile, and its rows when they bring the sums to their end.
@@ -29,7 +29,7 @@ struct LinearHopperParams {
 };
 static_assert(sizeof(LinearHopperParams) == 384, "soprano_cupy/gpu/linear_hopper.py packs it");
 
-// ---- the copying warp ----
+// ---- the copying warps ----
 
 // One lane of a warp requests the copies; the others go with it, so that addresses are uniform and no step needs more
 // than a few instructions. Where a tile lies is worked out once a tile: a division costs as much as four products.
@@ -65,35 +65,37 @@ struct Producer {
             if (elected) tma_prefetch_tiles(weights, (schedule.first_step + step) * STEP_PRODUCTS, packed_tile);
         }
     }
-    // Everything else, once the input is there. first_row: of the first tile.
-    __device__ __forceinline__ void run(int first_row) const {
+    // Everything else, once the input is there: a warp's share, every COPY_WARPS-th step from its own on. One warp alone was
+    // seen to take longer for a step than the products. first_row: of the first tile.
+    __device__ __forceinline__ void run(int warp, int first_row) const {
         const bool elected = elect_one();
         const int begun = min(STAGES, schedule.steps);
 #pragma unroll 1
-        for (int step = 0; step < begun; ++step) {
+        for (int step = warp; step < begun; step += COPY_WARPS) {
             if (elected) load_input(step, first_row, step);
         }
-        Slot slot(begun);
-        int step = begun;
+        const int skipped = begun + (begun % COPY_WARPS == warp ? 0 : 1);  // of two warps
+        Slot slot(skipped);
+        int step = skipped;
 #pragma unroll 1
         for (int turn = 0, tile; (tile = schedule.tile(turn)) < schedule.tiles; ++turn) {
             const int packed_tile = opaque(schedule.first_feature(tile) / TILE_FEATURES);
             const int row = opaque(schedule.first_row(tile));
 #pragma unroll 1
-            for (; step < schedule.steps; ++step) {
+            for (; step < schedule.steps; step += COPY_WARPS) {
                 mbarrier_wait(smem.empty(slot.stage), slot.parity ^ 1);
                 if (elected) {
                     load_weights(slot.stage, packed_tile, step);
                     load_input(slot.stage, row, step);
                 }
-                slot.advance();
+                slot.advance<COPY_WARPS>();
             }
-            step = 0;
+            step -= schedule.steps;
         }
     }
 };
 
-// ---- the norm's three warps: the factor of each row of a tile, from the partial sums of squares ----
+// ---- the norm's warps: the factor of each row of a tile, from the partial sums of squares ----
 
 // Partial sums 4 i to 4 i + 3 of a row; zero where there are none.
 __device__ __forceinline__ float4 four_sums(const LinearParams& p, int row, int i) {
@@ -110,8 +112,8 @@ __device__ __forceinline__ float4 four_sums(const LinearParams& p, int row, int 
 
 // Four lanes a row, as in all linear kernels; BATCH rows of a lane are asked for at once.
 __device__ __forceinline__ void measure_rows(const LinearParams& p, const Shared smem, const Schedule schedule) {
-    constexpr int LANES = 4, ROWS = NORM_THREADS / LANES, BATCH = 3;
-    const int lane = threadIdx.x % LANES, first = (threadIdx.x - 32) / LANES;
+    constexpr int LANES = 4, ROWS = NORM_THREADS / LANES, BATCH = 4;
+    const int lane = threadIdx.x % LANES, first = (threadIdx.x - 32 * COPY_WARPS) / LANES;
 #pragma unroll 1
     for (int turn = 0, tile; (tile = schedule.tile(turn)) < schedule.tiles; ++turn) {
         const int slot = turn % FACTOR_SLOTS;
@@ -333,8 +335,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, BLOCKS)
     if (warpgroup == 0) {
         if constexpr (PRODUCER_REGISTERS > 0) registers_release<PRODUCER_REGISTERS>();
         grid_dependency_wait();
-        if (threadIdx.x < 32 && at_work) producer.run(first_row);
-        if (p.square_sums && threadIdx.x >= 32) measure_rows(p, smem, schedule);
+        const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+        if (warp < COPY_WARPS && at_work) producer.run(warp, first_row);
+        if (p.square_sums && warp >= COPY_WARPS) measure_rows(p, smem, schedule);
     } else {
         if constexpr (CONSUMER_REGISTERS > 0) registers_claim<CONSUMER_REGISTERS>();
         consume(p, smem, schedule, warpgroup - 1);

@@ -6,7 +6,7 @@
 #include "linear_hopper_products.cuh"
 
 constexpr int CONSUMERS = GROUPS * WARPGROUPS;           // warpgroups that compute
-constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;     // warpgroup 0: one copying thread, three warps for the norm
+constexpr int THREADS = (CONSUMERS + 1) * WARPGROUP;     // warpgroup 0: two warps copy, two are the norm's
 constexpr int WARP_FEATURES = PRODUCTS * TILE_FEATURES;  // neighbours, so that a warp stores long pieces of a row
 constexpr int WARPGROUP_FEATURES = 4 * WARP_FEATURES;
 constexpr int BLOCK_FEATURES = WARPGROUPS * WARPGROUP_FEATURES;  // of a tile
@@ -23,7 +23,8 @@ constexpr u32 WEIGHT_BYTES = PACKED_TILES * PACKED_STEP_BYTES;   // of a stage
 constexpr u32 INPUT_BYTES = TILE_ROWS * PANEL_ROW_BYTES;
 constexpr u32 STAGING_BYTES = 10240;  // of a warpgroup, for its way from accumulators to rows of the output
 constexpr int FACTOR_SLOTS = 2;
-constexpr int NORM_THREADS = WARPGROUP - 32;
+constexpr int COPY_WARPS = 2;
+constexpr int NORM_THREADS = WARPGROUP - 32 * COPY_WARPS;
 static_assert(SPLITS == 1 || GROUPS == 1, "a cluster has one tile");
 // What a block of a cluster sends to each other one, and gets from all.
 constexpr u32 PART_BYTES = PRODUCTS * END_ACCUMULATORS * CONSUMERS * WARPGROUP * 4;
@@ -58,9 +59,11 @@ struct Slot {
     u32 parity;
 
     __device__ explicit Slot(int position) : stage(position % STAGES), parity(position / STAGES & 1) {}
-    __device__ void advance() {
-        if (++stage == STAGES) {
-            stage = 0;
+    template <int PLACES = 1> __device__ void advance() {
+        static_assert(PLACES <= STAGES, "one round at most");
+        stage += PLACES;
+        if (stage >= STAGES) {
+            stage -= STAGES;
             parity ^= 1;
         }
     }

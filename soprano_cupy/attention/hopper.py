@@ -10,6 +10,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from importlib.util import find_spec
 
 import numpy as np
 
@@ -196,6 +197,7 @@ _SWIZZLE_NONE = 0
 _SWIZZLE_128B = 3
 _L2_PROMOTION_256B = 3
 _FILL_ZERO = 0  # what lies outside the array reads as 0
+_INVALID_CONTEXT = 201
 
 
 @lru_cache(maxsize=512)
@@ -217,7 +219,7 @@ def encode(
     rank = len(shape)
     buffer = ctypes.create_string_buffer(_MAP_BYTES + _MAP_ALIGNMENT)
     aligned = -(-ctypes.addressof(buffer) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
-    status = _encode_tiled()(
+    arguments = (
         aligned,
         _DATA_TYPES[dtype],
         rank,
@@ -231,6 +233,12 @@ def encode(
         _L2_PROMOTION_256B,
         _FILL_ZERO,
     )
+    status = _encode_tiled()(*arguments)
+    if status == _INVALID_CONTEXT:  # this thread has not touched the GPU yet
+        from cupy.cuda import runtime
+
+        runtime.free(0)
+        status = _encode_tiled()(*arguments)
     if status:
         raise DeviceError(
             f"the driver refused a tensor map of shape {shape}, strides {strides}, box {box} at {address:#x} "
@@ -242,12 +250,12 @@ def encode(
 
 
 def driver_encodes() -> bool:
-    """Whether there is a driver that encodes tensor maps; without one there is no GPU to use them on either."""
+    """Whether a driver encodes tensor maps and CuPy is there; without them there is no GPU to use them on either."""
     try:
         _encode_tiled()
     except DeviceError:
         return False
-    return True
+    return find_spec("cupy") is not None
 
 
 @cache

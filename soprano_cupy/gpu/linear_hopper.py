@@ -205,14 +205,16 @@ def estimate(variant: Variant, request: LinearRequest) -> float:
 
 # Where the estimate is off, by what an H200 took, in microseconds, with cuBLAS beside it:
 #
-#     RESIDUAL   128 x 512 x 512     64x64 c4 3.34    64x64 c8 3.83     cuBLAS 3.37
-#     RESIDUAL   512 x 512 x 512     64x64 c2 4.20    64x64 4.89        cuBLAS 3.68
-#     RESIDUAL   128 x 512 x 2304    64x64 c4 4.67    64x64 c8 4.98     cuBLAS 6.16
-#     RESIDUAL   512 x 512 x 2304    64x64 c2 6.97    128x64 c4 11.4    cuBLAS 7.09
-#     RESIDUAL   2048 x 512 x 2304   64x128 g2 12.2   128x128 c2 14.2   cuBLAS 10.8
-#     SWIGLU     128 x 4608 x 512    64x128 5.70      128x64 6.21       cuBLAS 4.65
-#     STORE      128 x 8192 x 512    64x128 6.63      128x64 8.10       cuBLAS 5.55
-#     STORE      8192 x 2050 x 768   64x256 g2 51.3   192x192 76.7      cuBLAS 132
+#     RESIDUAL   128 x 512 x 512     64x64 c4 2.50    64x64 c2 2.64     cuBLAS 3.14
+#     RESIDUAL   512 x 512 x 512     64x64 c2 3.24    64x64 3.50        cuBLAS 3.42
+#     RESIDUAL   128 x 512 x 2304    64x64 c4 3.91    64x64 c8 4.04     cuBLAS 5.90
+#     RESIDUAL   512 x 512 x 2304    64x64 c2 5.94    64x64 c8 7.21     cuBLAS 6.80
+#     RESIDUAL   2048 x 512 x 2304   64x128 g2 11.7   128x64 11.9       cuBLAS 10.6
+#     SWIGLU     128 x 4608 x 512    64x64 4.24       128x64 4.49       cuBLAS 4.67
+#     STORE      128 x 768 x 512     64x64 c2 2.59    64x64 2.72        cuBLAS 3.10
+#     STORE      512 x 768 x 512     64x64 3.32       128x64 3.77       cuBLAS 3.41
+#     STORE      128 x 8192 x 512    64x128 g2 6.17   128x64 6.24       cuBLAS 5.52
+#     STORE      8192 x 2050 x 768   64x128 g2 57.3   64x256 g2 64.6    cuBLAS 151
 FEW_FEATURES, MANY_FEATURES = 768, 4096
 
 
@@ -222,11 +224,17 @@ def measured(request: LinearRequest) -> str | None:
     if request.end is End.RESIDUAL and features <= FEW_FEATURES:
         if rows > 1024:
             return "64x128 g2 w1 s7 b1 c1"
-        return "64x64 g1 w1 s5 b2 c4" if rows <= 256 else "64x64 g1 w1 s5 b2 c2"
-    if request.end in (End.SWIGLU, End.STORE) and features >= MANY_FEATURES and 64 < rows <= 128:
-        return "64x128 g1 w1 s4 b2 c1"
+        if rows <= 256:
+            return "64x64 g1 w1 s9 b1 c4"
+        return "64x64 g1 w1 s10 b1 c2" if rows <= 512 else "64x64 g1 w1 s5 b2 c2"
+    if request.end is End.STORE and features <= FEW_FEATURES and rows <= 512:
+        return "64x64 g1 w1 s10 b1 c2" if rows <= 256 else "64x64 g1 w1 s8 b1 c1"
+    if request.end is End.SWIGLU and features >= MANY_FEATURES and rows <= 128:
+        return "64x64 g1 w1 s6 b2 c1"
+    if request.end is End.STORE and features >= MANY_FEATURES and 64 < rows <= 128:
+        return "64x128 g2 w1 s7 b1 c1"
     if request.end is End.STORE and FEW_FEATURES < features < MANY_FEATURES and rows >= 4096:
-        return "64x256 g2 w1 s4 b1 c1"
+        return "64x128 g2 w1 s7 b1 c1"
     return None
 
 
