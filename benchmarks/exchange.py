@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,8 +119,10 @@ def show_profile(run: Callable[[int], float], words: Any, blocks: int) -> list[t
     ]
 
 
-def run_candidate(candidate: Candidate, seconds: float, profile: bool = False) -> dict[str, Any]:
-    """Check and time one candidate, or profile it; in a process of its own."""
+def run_candidate(
+    candidate: Candidate, seconds: float, profile: bool = False, more: Sequence[str] = (), check: bool = True
+) -> dict[str, Any]:
+    """Check and time one candidate, or profile it; in a process of its own. more: further constants, as NAME=VALUE."""
     import cupy
 
     from soprano_cupy.cuda.module import device_facts
@@ -134,10 +136,10 @@ def run_candidate(candidate: Candidate, seconds: float, profile: bool = False) -
     defines = (
         *s.defines(ring_slots), ("DTYPE_BF16", 1), ("TRANSPORT", candidate.transport),
         ("WORD_BYTES", candidate.word_bytes), ("KEYS_AHEAD", candidate.keys_ahead),
-        *((("PROFILE", 1),) if profile else ()),
+        *((("PROFILE", 1),) if profile else ()), *((name, int(value)) for name, value in (m.split("=") for m in more)),
     )  # fmt: skip
     model = Model.random(s, LAYERS, CONTEXT)
-    expected = {depth: model.reference(s, POSITION, depth) for depth in TOLERANCES}
+    expected = {depth: model.reference(s, POSITION, depth) for depth in TOLERANCES if check}
     with on_device(0):
         kernel = load_kernel("experiments/layers.cu", "layers", defines, shared_bytes)
         cluster = s.ranks if candidate.transport == 0 else 1
@@ -191,7 +193,7 @@ def run_candidate(candidate: Candidate, seconds: float, profile: bool = False) -
             return float(cupy.cuda.get_elapsed_time(start, end)) * 1000
 
         errors: dict[int, float] = {}
-        for depth, tolerance in TOLERANCES.items():
+        for depth, tolerance in TOLERANCES.items() if check else ():
             output.fill(cupy.nan)
             cupy.cuda.get_current_stream().synchronize()
             run(1, depth)
@@ -199,7 +201,7 @@ def run_candidate(candidate: Candidate, seconds: float, profile: bool = False) -
             if not errors[depth] < tolerance:
                 return {"name": candidate.name, "wrong": errors}
         bits = [run(3) and output.get().tobytes() for _ in range(20)]
-        if len(set(bits)) != 1:
+        if check and len(set(bits)) != 1:
             return {"name": candidate.name, "wrong": "not the same bits in every run"}
         if profile:
             return {"name": candidate.name, "profile": show_profile(run, words, s.blocks)}
@@ -311,9 +313,9 @@ def run_words(case: tuple[str, int, int, int], seconds: float) -> dict[str, Any]
 # ---- all of them ----
 
 
-def in_process(what: str, index: int, seconds: float) -> dict[str, Any]:
+def in_process(what: str, index: int, seconds: float, more: Sequence[str] = ()) -> dict[str, Any]:
     """Run one case in a process of its own; what it says, or why it failed."""
-    command = [sys.executable, __file__, "--one", what, str(index), "--seconds", str(seconds)]
+    command = [sys.executable, __file__, "--one", what, str(index), "--seconds", str(seconds), *more]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     except subprocess.TimeoutExpired:
@@ -334,12 +336,12 @@ def show(name: str, result: dict[str, Any], predicted: float) -> None:
     sys.stdout.flush()
 
 
-def profiles(match: str) -> None:
+def profiles(match: str, more: Sequence[str]) -> None:
     """Where the cycles of a layer go, of the candidates that match."""
     for index, candidate in enumerate(CANDIDATES):
         if match not in candidate.name or candidate.transport:
             continue
-        result = in_process("profile", index, 1.0)
+        result = in_process("profile", index, 1.0, more)
         sys.stdout.write(f"{candidate.name}: {result if 'profile' not in result else ''}\n")
         for name, median, high in result.get("profile", []):
             sys.stdout.write(f"    {name:20s} {median:7.0f} cycles (95% {high:.0f})\n")
@@ -352,12 +354,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--match", default="")
     parser.add_argument("--one", nargs=2)
+    parser.add_argument("--define", action="append", default=[], metavar="NAME=VALUE", help="a constant of the kernels")
+    parser.add_argument("--unchecked", action="store_true", help="time what computes wrong numbers: for ablations")
     arguments = parser.parse_args()
+    more = [f"--define={define}" for define in arguments.define] + ["--unchecked"] * arguments.unchecked
     if arguments.one:
         what, index = arguments.one[0], int(arguments.one[1])
         try:
             result = (
-                run_candidate(CANDIDATES[index], arguments.seconds, what == "profile")
+                run_candidate(
+                    CANDIDATES[index], arguments.seconds, what == "profile", arguments.define, not arguments.unchecked
+                )
                 if what in ("layers", "profile")
                 else run_words(WORD_CASES[index], arguments.seconds)
             )
@@ -369,7 +376,7 @@ def main() -> None:
     rows, checks = [], 0
     for what in arguments.only.split(","):
         if what == "profile":
-            profiles(arguments.match)
+            profiles(arguments.match, more)
             continue
         cases: tuple[Any, ...] = CANDIDATES if what == "layers" else tuple(WORD_CASES)
         for index, case in enumerate(cases):
@@ -378,7 +385,7 @@ def main() -> None:
             )
             if arguments.match not in name:
                 continue
-            result = in_process(what, index, arguments.seconds)
+            result = in_process(what, index, arguments.seconds, more)
             predicted = case.predicted if what == "layers" else WORD_PREDICTED[case[1]]
             show(name, result, predicted)
             if "us" in result:
