@@ -55,13 +55,16 @@ class Crowd:
         drivers = [worker.driver for worker in self._workers]
         return [driver.device for driver in drivers if driver is not None]
 
-    def submit(self, requests: Sequence[Request], wish: Wish) -> Speech:
-        """Queue a request. `Busy` where too many wait, `Closed` after `close`, `DeviceError` without a device."""
+    def submit(self, requests: Sequence[Request], wish: Wish, submitted: float | None = None) -> Speech:
+        """Queue a request. `Busy` where too many wait, `Closed` after `close`, `DeviceError` without a device.
+
+        submitted: what `time.monotonic()` was then, for deadlines; by default now.
+        """
         longest = max(len(request.ids) for request in requests)
         most = min((device.most_prompt for device in self.devices), default=longest)
         if longest > most:
             raise ParameterError(f"a prompt has {longest} tokens; at most {most} fit: split the text")
-        return self.scheduler.submit(requests, wish, time.monotonic())
+        return self.scheduler.submit(requests, wish, time.monotonic() if submitted is None else submitted)
 
     def close(self, drain_s: float = 0.0) -> None:
         """Take nothing more, wait up to `drain_s` seconds for what there is, and stop; what is left fails: `Closed`."""

@@ -10,8 +10,8 @@ import heapq
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,6 +35,8 @@ MEMORY = 0.02  # of that ratio: the weight of the newest sentence
 
 class Scheduler:
     """Requests on their way through one or several drivers."""
+
+    new_speech: Callable[..., Any] = Speech  # called with what drops it, and the type of its samples
 
     def __init__(self, max_queue: int = 1024) -> None:
         self.lock = threading.RLock()
@@ -63,7 +65,7 @@ class Scheduler:
             if self._waiting_sentences and self._waiting_sentences + len(requests) > MAX_SENTENCES:
                 raise Busy(f"{self._waiting_sentences} sentences are waiting already; try again later")
             self._order += 1
-            speech = Speech(self._cancelled, np.int16 if wish.pcm else np.float32)
+            speech = self.new_speech(self.cancelled, np.int16 if wish.pcm else np.float32)
             job = Job(speech, requests, wish, self._order, now)
             self._jobs[speech] = job
             self._waiting_jobs += 1
@@ -74,7 +76,8 @@ class Scheduler:
             self.changed.notify_all()
         return speech
 
-    def _cancelled(self, speech: Speech) -> None:
+    def cancelled(self, speech: Speech) -> None:
+        """A request is wanted no more."""
         with self.lock:
             job = self._jobs.get(speech)
             if job is not None:
@@ -125,6 +128,16 @@ class Scheduler:
     def unfinished(self) -> int:
         """Requests that are not done."""
         return len(self._jobs)
+
+    @property
+    def waiting_requests(self) -> int:
+        """Requests of which nothing has begun."""
+        return self._waiting_jobs
+
+    @property
+    def refusal(self) -> Exception | None:
+        """Why nothing is taken any more."""
+        return self._refusal
 
     @property
     def waiting(self) -> int:
