@@ -65,7 +65,7 @@ class Scheduler:
             if self._waiting_sentences and self._waiting_sentences + len(requests) > MAX_SENTENCES:
                 raise Busy(f"{self._waiting_sentences} sentences are waiting already; try again later")
             self._order += 1
-            speech = self.new_speech(self.cancelled, np.int16 if wish.pcm else np.float32)
+            speech: Speech = self.new_speech(self.cancelled, np.int16 if wish.pcm else np.float32)
             job = Job(speech, requests, wish, self._order, now)
             self._jobs[speech] = job
             self._waiting_jobs += 1
