@@ -127,12 +127,19 @@ def test_events(fake: FakeDriver) -> None:
     end.record(STREAM)
     end.hold(STREAM)
     assert end.done()
+    assert end.wait(30)
     fake.set_number("stream_status", 600)
     assert not end.done()
+    assert not end.wait(0)
+    assert not end.wait(0.002)
+    threading.Timer(0.02, fake.set_number, ("stream_status", 0)).start()
+    assert end.wait(30)
     fake.set_number("stream_status", 719)
     with pytest.raises(DeviceError, match="CUDA error 719") as caught:
         end.done()
     assert caught.value.sticky
+    with pytest.raises(DeviceError, match="CUDA error 719"):
+        end.wait(1)
     assert end.elapsed_ms(start) == 1.5
     with pytest.raises(DeviceError, match="CUDA error 400"):
         driver.Event(blocking=True).elapsed_ms(start)

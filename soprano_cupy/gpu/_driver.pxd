@@ -79,6 +79,7 @@ cdef extern from "cuda_driver.h" nogil:
 
     int word_arrived(const Awaited *awaited, uint64_t *current)
     int word_wait(const Awaited *awaited, int64_t hot_ns, int64_t limit_ns, uint64_t *current)
+    Status event_wait(const Driver *driver, EventHandle event, int64_t hot_ns, int64_t limit_ns)
     int64_t monotonic_ns()
 
 

@@ -95,3 +95,22 @@ int word_wait(const Awaited* awaited, int64_t hot_ns, int64_t limit_ns, uint64_t
     if (slack_ns > 0) prctl(PR_SET_TIMERSLACK, slack_ns);
     return arrived;
 }
+
+Status event_wait(const Driver* driver, Event event, int64_t hot_ns, int64_t limit_ns) {
+    const int64_t start = monotonic_ns();
+    Status status = driver->event_query(event);
+    while (status == NOT_READY && monotonic_ns() - start < (hot_ns < limit_ns ? hot_ns : limit_ns)) {
+        relax();
+        status = driver->event_query(event);
+    }
+    if (status != NOT_READY || monotonic_ns() - start >= limit_ns) return status;
+    const int slack_ns = prctl(PR_GET_TIMERSLACK);
+    prctl(PR_SET_TIMERSLACK, SLACK_NS);
+    while (status == NOT_READY && monotonic_ns() - start < limit_ns) {
+        const struct timespec pause = {0, SLEEP_NS};
+        nanosleep(&pause, NULL);
+        status = driver->event_query(event);
+    }
+    if (slack_ns > 0) prctl(PR_SET_TIMERSLACK, slack_ns);
+    return status;
+}

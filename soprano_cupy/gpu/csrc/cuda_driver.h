@@ -144,4 +144,7 @@ int word_arrived(const Awaited* awaited, uint64_t* current);
 // Looks at the word without a pause for `hot_ns`, then every 20 microseconds up to `limit_ns` in all. 1 once it arrived.
 int word_wait(const Awaited* awaited, int64_t hot_ns, int64_t limit_ns, uint64_t* current);
 
+// Asks for the event without a pause for `hot_ns`, then every 20 microseconds up to `limit_ns` in all; the last answer.
+Status event_wait(const Driver* driver, Event event, int64_t hot_ns, int64_t limit_ns);
+
 int64_t monotonic_ns(void);
