@@ -12,9 +12,13 @@
 // copies are on their way. The newest key and value go from registers to shared memory; nobody reads them from the
 // cache in this step.
 //
+// Hardly any memory is read meanwhile. Blocks beyond those of the rows use the time: they ask for the weights of the
+// products to come in the second-level cache.
+//
 // Compile-time: HEAD_DIM 32, 64 or 128; GROUP; CAUSAL 0; DTYPE_FP16 or DTYPE_BF16; TILE_ROWS 8, 16 or 32; STAGES 1 or
 // 2; CLUSTER: thread blocks of a cluster, which then are the blocks of a sequence; 1: none.
-// Launch (soprano_cupy/gpu/step.py): grid (row groups x splits, num_kv_heads, rows), HEAD_DIM threads.
+// Launch (soprano_cupy/gpu/step.py): grid (row groups x splits, num_kv_heads, rows, and more for what
+// lies ahead), HEAD_DIM threads.
 #include "attention_params.cuh"
 #include "device.cuh"
 #include "softmax_state.cuh"
@@ -169,9 +173,21 @@ DEVICE void store_rows(const AttentionStepParams& params, int first_row, const R
     }
 }
 
+DEVICE void fetch_ahead(const AttentionStepParams& params) {
+    const int others = (gridDim.z - params.rows) * gridDim.y * gridDim.x;
+    const int block = ((blockIdx.z - params.rows) * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+#pragma unroll
+    for (int i = 0; i < AHEAD_RANGES; ++i) {
+#pragma unroll 1
+        for (int line = block * THREADS + threadIdx.x; line < params.ahead_lines[i]; line += others * THREADS)
+            prefetch_l2(params.ahead[i] + line * 128ll);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, WARPS_PER_MULTIPROCESSOR / WARPS)
     attention_step(const __grid_constant__ AttentionStepParams params) {
     grid_dependency_launch();
+    if (static_cast<int>(blockIdx.z) >= params.rows) return fetch_ahead(params);
     const int row_group = GROUP <= TILE_ROWS ? 0 : blockIdx.x / params.splits;
     const int share = blockIdx.x - row_group * params.splits;  // takes the splits share, share + shares, ...
     const unsigned smem = shared_base(), first_stage = smem + warp_index() * WARP_TILE_BYTES;

@@ -86,6 +86,8 @@ struct QkvFinishParams {
     int reserved;
 };
 
+constexpr int AHEAD_RANGES = 4;  // of memory
+
 struct AttentionStepParams {
     const float* qkv;        // (rows, (q_heads + 2 kv_heads) HEAD_DIM): raw queries, keys, values
     const float* q_gain;     // (HEAD_DIM,)
@@ -95,12 +97,14 @@ struct AttentionStepParams {
     const SlotState* slots;
     void* keys;  // this layer's (slots, capacity, kv_heads, HEAD_DIM) Element
     void* values;
-    void* attended;   // (rows, q_heads, HEAD_DIM) Element, row stride `attended_stride`
-    void* workspace;  // of the split reduction, where the blocks of a sequence are no cluster; or null
+    void* attended;                   // (rows, q_heads, HEAD_DIM) Element, row stride `attended_stride`
+    void* workspace;                  // of the split reduction, where the blocks of a sequence are no cluster; or null
+    const char* ahead[AHEAD_RANGES];  // constants that later kernels read, from multiples of 128 bytes on
     int attended_stride, capacity;
     int splits;  // thread blocks for each (sequence, key-value head, row group)
     float scale_log2, epsilon;
-    int reserved;
+    int rows;
+    int ahead_lines[AHEAD_RANGES];  // of 128 bytes
 };
 
 struct SampleParams {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from step_sampling import END_TOKEN, Sampling, Voice, voices_of_all_kinds
 from test_decode_emulated import Call, same_bits
 from test_decode_emulated import run as run_decode
 
+from soprano_cupy.cuda.module import DeviceFacts
 from soprano_cupy.generation import LOOP_LENGTH, Request
 from soprano_cupy.gpu import attention_step, slots, step
 from soprano_cupy.gpu.launch import Blocks, Symbol
@@ -283,11 +285,31 @@ def test_every_way_of_sharing_gives_the_same_bits() -> None:
     expected = run_step(case, Emulated(800, NONE))[0]
     tile = attention_step.decode.select_tile((9, 0), "bfloat16", 128, 4)
     for splits, cluster, stages in ((2, 2, 2), (4, 4, 1), (8, 8, 2), (3, 1, 2), (5, 1, 1)):
-        staged = attention_step.replace(tile, stages=stages)
+        staged = replace(tile, stages=stages)
         shape = attention_step.AttentionStepShape(staged, 1, splits, cluster, 4, 5)
         for options in ({}, {"reverse": True}):
             machine = Emulated(900 if cluster > 1 else 800, MANY, **options)
             assert same_bits(run_step(case, machine, shape)[0], expected)
+
+
+@pytest.mark.parametrize("arch", [800, 900])
+def test_weights_are_asked_for_meanwhile(arch: int) -> None:
+    """Without another bit of the result, and nothing beyond the weights is asked for."""
+    case = StepCase(POSITIONS[5:], SLOTS[5:], head_dim=32, group=4)
+    machine = Emulated(arch, MANY)
+    for one, other in zip(run_step(case, machine, ahead=True), run_step(case, machine), strict=True):
+        assert same_bits(one, other)
+
+
+def test_when_weights_are_asked_for_meanwhile() -> None:
+    """For few rows, and where the second-level cache has room for twice as much."""
+    gpu = DeviceFacts(0, "GPU", (9, 0), 132, l2_bytes=50 << 20)
+    assert step.fetches_ahead(gpu, 1, 25 << 20)
+    assert step.fetches_ahead(gpu, 128, 1 << 20)
+    assert not step.fetches_ahead(gpu, 129, 1 << 20)
+    assert not step.fetches_ahead(gpu, 1, 26 << 20)
+    assert not step.fetches_ahead(replace(gpu, capability=(8, 0)), 1, 1 << 20)
+    assert not step.fetches_ahead(replace(gpu, l2_bytes=0), 1, 1)
 
 
 def test_splits_of_several_blocks() -> None:

@@ -32,6 +32,7 @@ class DeviceFacts:
     name: str
     capability: tuple[int, int]
     multiprocessors: int
+    l2_bytes: int = 0  # of the second-level cache; 0: not known
 
     @property
     def compute_capability(self) -> int:
@@ -50,6 +51,7 @@ def device_facts(index: int) -> DeviceFacts:
         name=properties["name"].decode(),
         capability=(properties["major"], properties["minor"]),
         multiprocessors=properties["multiProcessorCount"],
+        l2_bytes=properties["l2CacheSize"],
     )
 
 

@@ -6,10 +6,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
 
 from ..attention import decode
 from ..attention.prefill import RESERVED_SHARED_BYTES, SHARED_BYTES_PER_SM, UNKNOWN_SHARED_BYTES
+from ..cuda.module import DeviceFacts
 from .launch import Launch
 from .step_launch import ELEMENT_BYTES, dtype_define, floats, ints, make_launch, param_struct
 
@@ -33,9 +38,18 @@ CLUSTER_SIZES = (8, 4, 2)  # 8 is the most that every GPU takes
 CLUSTER_BLOCKS = {8: 1.0, 4: 1.0, 2: 2.0}  # for each multiprocessor, at most, by the size of a cluster
 BLOCKS_OF_TWO_STAGES = 0.5  # of clusters, for each multiprocessor, at most
 
+# Blocks that ask for later weights in the second-level cache, which must be several times what they ask for. Beyond so
+# many rows the keys and values of the step keep the memory busy.
+AHEAD_BLOCKS = 112
+AHEAD_RANGES = 4
+AHEAD_ROWS = 128
+AHEAD_SHARE = 0.5  # of the second-level cache, at most
+LINE_BYTES = 128
+
 ATTENTION_STEP_PARAMS = param_struct(
-    "qkv q_gain k_gain rope slot_of_row slots keys values attended workspace",
-    *ints("attended_stride capacity splits"), *floats("scale_log2 epsilon"), *ints("reserved"),
+    "qkv q_gain k_gain rope slot_of_row slots keys values attended workspace", ("ahead", np.uint64, (AHEAD_RANGES,)),
+    *ints("attended_stride capacity splits"), *floats("scale_log2 epsilon"), *ints("rows"),
+    ("ahead_lines", np.int32, (AHEAD_RANGES,)),
 )  # fmt: skip
 
 
@@ -93,6 +107,11 @@ def attention_step_shape(
     return AttentionStepShape(replace(tile, stages=stages), row_groups, splits, 1, live_rows, most)
 
 
+def fetches_ahead(facts: DeviceFacts, rows: int, nbytes: int) -> bool:
+    """Whether a step of so many rows should ask for so many bytes of later weights during its attention."""
+    return facts.capability >= CLUSTERS_FROM and rows <= AHEAD_ROWS and nbytes <= AHEAD_SHARE * facts.l2_bytes
+
+
 def attention_step_workspace_bytes(
     *,
     dtype: str,
@@ -141,25 +160,30 @@ def plan_attention_step(
     slots: int,
     workspace: int = 0,
     shape: AttentionStepShape | None = None,
+    ahead: Sequence[tuple[int, int]] = (),
 ) -> Launch:
     """Attention of one new token for each row, its head norms, rotation and cache write included.
 
     qkv: raw products (rows, (num_heads + 2 num_kv_heads) head_dim) float32. attended: (rows, num_heads, head_dim)
     Element, row stride attended_stride. keys, values: this layer's cache (slots, capacity, num_kv_heads, head_dim).
     Row r is the token at `slots[slot_of_row[r]].position`; rows of slot -1 are left alone. shape: another than these
-    sizes choose.
+    sizes choose. ahead: addresses and bytes of weights that the next products read, to be asked for meanwhile.
     """
     if shape is None:
         shape = attention_step_shape(
             dtype=dtype, capability=capability, multiprocessors=multiprocessors, rows=rows, num_heads=num_heads,
             num_kv_heads=num_kv_heads, head_dim=head_dim, capacity=capacity,
         )  # fmt: skip
-    fields = {
+    fields: dict[str, Any] = {
         "qkv": qkv, "q_gain": q_gain, "k_gain": k_gain, "rope": rope, "slot_of_row": slot_of_row, "slots": slots,
         "keys": keys, "values": values, "attended": attended, "workspace": workspace,
         "attended_stride": attended_stride, "capacity": capacity, "splits": shape.splits,
-        "scale_log2": math.log2(math.e) / math.sqrt(head_dim), "epsilon": epsilon,
+        "scale_log2": math.log2(math.e) / math.sqrt(head_dim), "epsilon": epsilon, "rows": rows,
     }  # fmt: skip
+    unused = [(0, 0)] * (AHEAD_RANGES - len(ahead))
+    fields["ahead"], fields["ahead_lines"] = zip(*((a, n // LINE_BYTES) for a, n in [*ahead, *unused]), strict=True)
+    blocks = shape.row_groups * shape.splits
+    more = -(-AHEAD_BLOCKS // (blocks * num_kv_heads)) if ahead else 0
     return make_launch(
         "attention_step.cu",
         "attention_step",
@@ -174,7 +198,7 @@ def plan_attention_step(
             ("STAGES", shape.tile.stages),
             ("CLUSTER", shape.cluster),
         ),
-        blocks=(shape.row_groups * shape.splits, num_kv_heads, rows),
+        blocks=(blocks, num_kv_heads, rows + more),
         threads=head_dim,  # a warp for every 32 dimensions
         shared_bytes=shape.shared_bytes,
         cluster=shape.cluster,

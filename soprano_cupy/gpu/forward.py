@@ -149,8 +149,16 @@ class Forward:
                 k_gain=_address(layer.k_norm), rope=_address(self.weights.rope),
                 keys=self._of_layer(cache.keys, cache, i), values=self._of_layer(cache.values, cache, i),
                 capacity=cache.capacity, slot_of_row=slot_of_row, slots=slots, workspace=workspace, shape=shape,
+                ahead=self._ahead(i, count.most),
             )  # fmt: skip
             yield from self._rest_of_layer(a, layer, i, count)
+
+    def _ahead(self, layer: int, rows: int) -> list[tuple[int, int]]:
+        """Addresses and bytes of the weights between this layer's attention and the next one's."""
+        this, layers = self.weights.layers[layer], self.weights.layers
+        following = layers[layer + 1].qkv if layer + 1 < len(layers) else self.weights.head
+        ranges = [(_address(array), int(array.nbytes)) for array in (this.o, this.gate_up, this.down, following)]
+        return ranges if step.fetches_ahead(self.facts, rows, sum(nbytes for _, nbytes in ranges)) else []
 
     def prompt_layers(
         self, a: Activations, cache: Cache, tables: PromptTables, rows: RowRange, sizes: PromptSizes

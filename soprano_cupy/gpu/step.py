@@ -12,6 +12,7 @@ from .attention_step import (
     AttentionStepShape,
     attention_step_shape,
     attention_step_workspace_bytes,
+    fetches_ahead,
     plan_attention_step,
 )
 from .launch import Launch, Symbol
@@ -32,9 +33,9 @@ from .step_launch import WARP, block_for_each, dtype_define, floats, ints, make_
 
 __all__ = [
     "FAILED", "LENGTH", "RUNNING", "SLOT_STATE", "STOP", "STUCK", "AttentionStepShape", "attention_step_shape",
-    "attention_step_workspace_bytes", "plan_attention_step", "plan_embed", "plan_final_norm", "plan_gather",
-    "plan_qkv_finish", "plan_sample", "progress_count", "progress_status", "progress_stuck", "progress_token",
-    "slot_state",
+    "attention_step_workspace_bytes", "fetches_ahead", "plan_attention_step", "plan_embed", "plan_final_norm",
+    "plan_gather", "plan_qkv_finish", "plan_sample", "progress_count", "progress_status", "progress_stuck",
+    "progress_token", "slot_state",
 ]  # fmt: skip
 
 ROW_THREADS = 256  # of a block that copies or embeds a row, at most

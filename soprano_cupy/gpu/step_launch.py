@@ -13,8 +13,8 @@ WARP = 32
 ELEMENT_BYTES = 2
 
 
-def param_struct(pointers: str, *numbers: tuple[str, type]) -> np.dtype[Any]:
-    """A parameter struct: addresses, then 32-bit numbers."""
+def param_struct(pointers: str, *numbers: tuple[str, type] | tuple[str, type, tuple[int]]) -> np.dtype[Any]:
+    """A parameter struct: addresses, then 32-bit numbers, or arrays of either."""
     return np.dtype([*((name, np.uint64) for name in pointers.split()), *numbers])
 
 
