@@ -50,7 +50,6 @@ class Candidate:
     transport: int  # 0 clusters, 1 one group through global memory
     word_bytes: int  # of the latter; 0: plain stores and a barrier of the grid
     predicted: float  # microseconds of a layer
-    keys_ahead: int = 2
 
     @property
     def shape(self) -> schedule.Shape:
@@ -61,7 +60,6 @@ CANDIDATES = (
     Candidate("4 clusters of 16", 4, 16, 1, 0, 0, 4.0),
     Candidate("4 clusters of 16, dims in 2", 4, 16, 2, 0, 0, 3.9),
     Candidate("4 clusters of 16, dims in 4", 4, 16, 4, 0, 0, 3.9),
-    Candidate("4 clusters of 16, one key ahead", 4, 16, 2, 0, 0, 3.9, 1),
     Candidate("2 clusters of 16", 2, 16, 1, 0, 0, 4.7),
     Candidate("1 cluster of 16", 1, 16, 1, 0, 0, 5.8),
     Candidate("4 clusters of 8", 4, 8, 1, 0, 0, 4.5),
@@ -135,7 +133,7 @@ def run_candidate(
     shared_bytes = s.shared_bytes(ring_slots)
     defines = (
         *s.defines(ring_slots), ("DTYPE_BF16", 1), ("TRANSPORT", candidate.transport),
-        ("WORD_BYTES", candidate.word_bytes), ("KEYS_AHEAD", candidate.keys_ahead),
+        ("WORD_BYTES", candidate.word_bytes),
         *((("PROFILE", 1),) if profile else ()), *((name, int(value)) for name, value in (m.split("=") for m in more)),
     )  # fmt: skip
     model = Model.random(s, LAYERS, CONTEXT)

@@ -19,7 +19,7 @@ DEVICE void generate(const PersistentParams& p, Worker& worker, Choir& choir, co
     float first_gain = worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f;
     for (unsigned number = 1; choir.alive != 0; ++number) {
         worker.begin_token(worker.position);
-        if (worker.owns()) worker.publish_residual(EX_HIDDEN, EX_SUMS, first_gain);
+        if (worker.owns()) worker.publish_residual<EX_HIDDEN, EX_SUMS>(first_gain);
 #pragma unroll 1
         for (int i = 0; i < p.layer.layers; ++i) worker.layer(i);
         choir.score(number);

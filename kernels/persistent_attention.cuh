@@ -10,10 +10,6 @@ constexpr int HALF_LANE = HEAD_DIM / 16;  // dimensions of a lane in each half o
 constexpr int LANE_DIMS = 2 * HALF_LANE;
 constexpr int VALUE_DIMS = OUT_DIMS / 8;   // dimensions of the values of a lane
 constexpr int LAST_DIMS = VALUE_DIMS / 4;  // that a lane ends with
-#ifndef KEYS_AHEAD
-#define KEYS_AHEAD 2
-#endif
-constexpr int AHEAD = KEYS_AHEAD;     // keys of a group that are loaded ahead
 constexpr float NO_SCORE = -3.0e38f;  // below every score, and finite: differences stay numbers
 
 // N elements in 32-bit words, loaded 4, 8 or 16 bytes at a time.
@@ -41,6 +37,27 @@ template <int N> struct Elements {
     DEVICE float operator[](int i) const { return i % 2 == 0 ? unpack_low(words[i / 2]) : unpack_high(words[i / 2]); }
 };
 
+// N neighbouring floats of shared memory.
+template <int N> DEVICE void load_floats(unsigned at, float* to) {
+    if constexpr (N % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            const float4 v = load_shared<float4>(at + 4 * i);
+            to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+        }
+    } else {
+        const float2 v = load_shared<float2>(at);
+        to[0] = v.x, to[1] = v.y;
+    }
+}
+
+// Over the eight lanes of a group, in all of them.
+DEVICE float sum_of_group(float sum) {
+#pragma unroll
+    for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
+    return sum;
+}
+
 // A head of a query or key in the eight lanes of a group: elements j HALF_LANE + i and, behind them, their partners.
 struct HeadLanes {
     float low[HALF_LANE], high[HALF_LANE];
@@ -48,29 +65,24 @@ struct HeadLanes {
     // raw: (HEAD_DIM,) float in shared memory.
     DEVICE void load(unsigned raw) {
         const unsigned at = raw + lane_index() % 8 * HALF_LANE * 4;
-#pragma unroll
-        for (int i = 0; i < HALF_LANE; i += 2) {
-            const float2 l = load_shared<float2>(at + 4 * i), h = load_shared<float2>(at + HEAD_DIM * 2 + 4 * i);
-            low[i] = l.x, low[i + 1] = l.y, high[i] = h.x, high[i + 1] = h.y;
-        }
+        load_floats<HALF_LANE>(at, low);
+        load_floats<HALF_LANE>(at + HEAD_DIM * 2, high);
     }
-    // RMS norm with a gain, rotation by the angles (cosines in `low`, sines in `high`), times `scale`. Both in shared memory.
-    DEVICE void finish(unsigned gain_at, unsigned angles_at, float epsilon, float scale) {
+    // Gain and rotation by the angles (cosines in `low`, sines in `high`; both in shared memory). Returns the factor of the
+    // RMS norm, which is left to do: it is the same for all elements.
+    DEVICE float turn(unsigned gain_at, unsigned angles_at, float epsilon) {
         HeadLanes gain, angles;
         gain.load(gain_at);
         angles.load(angles_at);
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < HALF_LANE; ++i) sum += low[i] * low[i] + high[i] * high[i];
-#pragma unroll
-        for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
-        const float factor = inverse_sqrt(sum * (1.0f / HEAD_DIM) + epsilon) * scale;
+        float sum = 0.0f, other = 0.0f;
 #pragma unroll
         for (int i = 0; i < HALF_LANE; ++i) {
-            const float l = low[i] * factor * gain.low[i], h = high[i] * factor * gain.high[i];
+            sum += low[i] * low[i], other += high[i] * high[i];
+            const float l = low[i] * gain.low[i], h = high[i] * gain.high[i];
             low[i] = l * angles.low[i] - h * angles.high[i];
             high[i] = h * angles.low[i] + l * angles.high[i];
         }
+        return inverse_sqrt(sum_of_group(sum + other) * (1.0f / HEAD_DIM) + epsilon);
     }
 };
 
@@ -86,12 +98,10 @@ struct KeyValue {
     }
     // The score in all eight lanes.
     DEVICE float score(const HeadLanes& query) const {
-        float sum = 0.0f;
+        float sum = 0.0f, other = 0.0f;
 #pragma unroll
-        for (int i = 0; i < HALF_LANE; ++i) sum += query.low[i] * low[i] + query.high[i] * high[i];
-#pragma unroll
-        for (int mask = 1; mask < 8; mask *= 2) sum += shuffle_xor(sum, mask);
-        return sum;
+        for (int i = 0; i < HALF_LANE; ++i) sum += query.low[i] * low[i], other += query.high[i] * high[i];
+        return sum_of_group(sum + other);
     }
 };
 
@@ -153,40 +163,23 @@ struct Place {
           dims(rank % DIM_PARTS) {}
 };
 
-// The keys of this layer that a group reads, with those that are loaded ahead.
+// The keys of this layer that a group reads; the next one is on its way.
 struct Keys {
     const Element *keys, *values;  // (capacity, KV_HEADS, HEAD_DIM) of the slot, at this rank's head (and dimensions)
-    int first, count;              // this group's first position, and the positions in use
-    KeyValue ahead[AHEAD];
+    int position, count;           // this group's next position; positions in the cache, -1: nothing to attend to
+    KeyValue next;
 
     static constexpr int STRIDE = GROUPS * PARTS;
     static constexpr int TOKEN = KV_HEADS * HEAD_DIM;
 
     DEVICE void begin(const Element* keys_, const Element* values_, int part, int count_) {
         keys = keys_, values = values_, count = count_;
-        first = (warp_index() * 4 + lane_index() / 8) * PARTS + part;
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            const int position = first + i * STRIDE;
-            if (position < count) ahead[i].load(keys + position * TOKEN, values + position * TOKEN);
-        }
+        position = (warp_index() * 4 + lane_index() / 8) * PARTS + part;
+        load();
     }
-    // All lanes of a warp call this together.
-    DEVICE void attend(const HeadLanes& query, Share& share) const {
-        const int warp_first = first - lane_index() / 8 * PARTS;
-#pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            if (warp_first + i * STRIDE >= count) return;
-            const float score = ahead[i].score(query);
-            if (first + i * STRIDE < count) share.add(score, ahead[i].value);
-        }
-#pragma unroll 1
-        for (int i = AHEAD; warp_first + i * STRIDE < count; ++i) {
-            const int position = first + i * STRIDE;
-            KeyValue pair = ahead[0];
-            if (position < count) pair.load(keys + position * TOKEN, values + position * TOKEN);
-            const float score = pair.score(query);
-            if (position < count) share.add(score, pair.value);
-        }
+    DEVICE void load() {
+        if (position < count) next.load(keys + position * TOKEN, values + position * TOKEN);
     }
+    // Whether this warp's first group has a position left, the newest one's (`count`) included. The same in all lanes.
+    DEVICE bool more() const { return position - lane_index() / 8 * PARTS <= count; }
 };

@@ -24,21 +24,26 @@ struct Exchange {
     }
 
     // 16 or 4 bytes at byte `at` of an exchange's buffer in block `receiver`.
-    DEVICE void send(int exchange, unsigned at, int receiver, uint4 v) const {
-        send_16(address_in(base + exchange_at(exchange) + at, receiver), v,
-                address_in(base + exchange_barrier(exchange), receiver));
+    template <int EXCHANGE> DEVICE void send(unsigned at, int receiver, uint4 v) const {
+        constexpr unsigned BUFFER = exchange_at(EXCHANGE), BARRIER = exchange_barrier(EXCHANGE);
+        const unsigned there = address_in(base, receiver);
+        send_16(there + BUFFER + at, v, there + BARRIER);
     }
-    DEVICE void send(int exchange, unsigned at, int receiver, float v) const {
-        send_4(address_in(base + exchange_at(exchange) + at, receiver), float_to_bits(v),
-               address_in(base + exchange_barrier(exchange), receiver));
+    template <int EXCHANGE> DEVICE void send(unsigned at, int receiver, float v) const {
+        constexpr unsigned BUFFER = exchange_at(EXCHANGE), BARRIER = exchange_barrier(EXCHANGE);
+        const unsigned there = address_in(base, receiver);
+        send_4(there + BUFFER + at, float_to_bits(v), there + BARRIER);
     }
 
     // All of an exchange is here. Every warp that computes calls this once for each use, whether it reads or not.
-    DEVICE void await(int exchange) {
-        const unsigned barrier = base + exchange_barrier(exchange), parity = parities >> exchange & 1u;
-        alive = spin_until(watch, 16 + exchange, [=] { return barrier_done(barrier, parity); }) && alive;
-        parities ^= 1u << exchange;
-        if (threadIdx.x == 0 && alive) barrier_expect(barrier, exchange_bytes(exchange));
+    template <int EXCHANGE> DEVICE void await() {
+        constexpr unsigned BARRIER = exchange_barrier(EXCHANGE), BYTES = exchange_bytes(EXCHANGE);
+        alive = await_barrier(watch, base + BARRIER, parities >> EXCHANGE & 1u, 16 + EXCHANGE) && alive;
+        parities ^= 1u << EXCHANGE;
+        if (threadIdx.x == 0 && alive) barrier_expect(base + BARRIER, BYTES);
     }
-    DEVICE unsigned at(int exchange) const { return base + exchange_at(exchange); }
+    template <int EXCHANGE> DEVICE unsigned at() const {
+        constexpr unsigned BUFFER = exchange_at(EXCHANGE);
+        return base + BUFFER;
+    }
 };

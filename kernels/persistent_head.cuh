@@ -120,14 +120,14 @@ struct Choir {
         if (static_cast<int>(number) == p.stall_at && blockIdx.x == BLOCKS - 1) number = 0u;
         Exchange& exchange = worker.exchange;
         const Tiles mine = tiles();
-        exchange.await(EX_HIDDEN);
+        exchange.await<EX_HIDDEN>();
 #pragma unroll 1
         for (int pass = 0; pass < HEAD_PASSES; ++pass) {
             const Tiles part = tiles_of_pass<HEAD_PASSES>(mine, pass);
-            multiply<HEAD_PASS_TILES, HIDDEN_STEPS>(worker.ring, part.count(), exchange.at(EX_HIDDEN),
+            multiply<HEAD_PASS_TILES, HIDDEN_STEPS>(worker.ring, part.count(), exchange.at<EX_HIDDEN>(),
                                                     (part.begin - mine.begin) * TILE);
         }
-        exchange.await(EX_SUMS);
+        exchange.await<EX_SUMS>();
         worker.sync();
 #pragma unroll 1
         for (int item = threadIdx.x; item < HEAD_ROWS * VOICES; item += TEAM) {  // a warp's rows are one voice's
@@ -142,7 +142,7 @@ struct Choir {
         const bool exists = row < mine.count() * TILE && id < VOCAB;
         float value = 0.0f;
         if (exists) {
-            value = row_sum(worker.base, voice, row) * norm_factor(worker.exchange.at(EX_SUMS), voice, p.layer.epsilon);
+            value = row_sum(worker.base, voice, row) * norm_factor(worker.exchange.at<EX_SUMS>(), voice, p.layer.epsilon);
             const float penalty = load_shared<float>(worker.base + RULES_AT + voice * 8);
             if (load_shared<unsigned>(seen_word(voice, row)) >> row % 32 & 1u)
                 value = value > 0.0f ? value / penalty : value * penalty;
@@ -166,7 +166,7 @@ struct Choir {
     // The state that makes the token, and how far it is from the one before.
     DEVICE void publish_state(unsigned number) {
         if (worker.cluster != 0 || !owns()) return;
-        const float factor = norm_factor(worker.exchange.at(EX_SUMS), worker.own_voice(), p.layer.epsilon);
+        const float factor = norm_factor(worker.exchange.at<EX_SUMS>(), worker.own_voice(), p.layer.epsilon);
         float distance = 0.0f;
         if (owns_row()) {
             const float gain = load_global<float>(worker.gain(2 * p.layer.layers));

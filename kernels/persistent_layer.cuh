@@ -80,7 +80,7 @@ struct Worker {
     DEVICE const float* gain(int norm) const { return p.gains + norm * HIDDEN + row(); }
 
     // Sends this warp's rows of the residual stream, times the next norm's gain, to the cluster.
-    DEVICE void publish_residual(int exchange_of_rows, int exchange_of_sums, float next_gain) {
+    template <int ROWS, int SUMS> DEVICE void publish_residual(float next_gain) {
         const int lane = lane_index();
         const float scaled = residual * next_gain * NORM_SCALE;
         const unsigned word = pack2(shuffle(scaled, lane * 2 % 32), shuffle(scaled, (lane * 2 + 1) % 32));
@@ -93,7 +93,7 @@ struct Worker {
         if (unit < tiles * 2) {
 #pragma unroll
             for (int to = lane / 4; to < RECEIVERS; to += 8)
-                exchange.send(exchange_of_rows, own_voice() * HIDDEN_STRIDE + first * 32 + unit * 16, to, v);
+                exchange.send<ROWS>(own_voice() * HIDDEN_STRIDE + first * 32 + unit * 16, to, v);
         }
         float square = owns_row() ? residual * residual : 0.0f;
 #pragma unroll
@@ -102,13 +102,17 @@ struct Worker {
         if (tile < tiles) {
 #pragma unroll
             for (int to = lane % 16; to < RECEIVERS; to += 16)
-                exchange.send(exchange_of_sums, own_voice() * SUMS_STRIDE + (first + tile) * 4, to, square);
+                exchange.send<SUMS>(own_voice() * SUMS_STRIDE + (first + tile) * 4, to, square);
         }
     }
 
     // Adds a product's rows, summed over the clusters in their order, to the residual stream.
     DEVICE void add_to_residual(int which) {
         const float mine = owns_row() ? row_sum(base, own_voice(), own_row()) : 0.0f;
+#if defined(ABLATE_SUMS)
+        residual += mine;
+        return;
+#endif
         if constexpr (CLUSTERS == 1) {
             residual += mine;
             return;
@@ -171,20 +175,20 @@ struct Worker {
     // Queries, keys and values of the cluster's heads.
     DEVICE void project_qkv(int layer, Keys& keys) {
         MARK(0);
-        exchange.await(EX_HIDDEN);
+        exchange.await<EX_HIDDEN>();
         MARK(1);
-        multiply<most_of_rank(QKV_TILES), HIDDEN_STEPS>(ring, qkv.count(), exchange.at(EX_HIDDEN), 0);
+        multiply<most_of_rank(QKV_TILES), HIDDEN_STEPS>(ring, qkv.count(), exchange.at<EX_HIDDEN>(), 0);
         MARK(2);
         keys.begin(cache(p.keys, layer, 0), cache(p.values, layer, place.dims * OUT_DIMS), place.part,
-                   active ? position : 0);
-        exchange.await(EX_SUMS);
+                   active ? position : -1);
+        exchange.await<EX_SUMS>();
         // Four warps, or as many as it takes, send one voice's rows to all ranks.
         constexpr int SENDERS = RECEIVERS > 4 ? (RECEIVERS + 3) / 4 : 1, TOGETHER = TEAM_WARPS / SENDERS;
         const int first_voice = warp_index() / SENDERS, to = warp_index() % SENDERS * 4 + lane_index() / 8;
         float factors[(VOICES + TOGETHER - 1) / TOGETHER];
 #pragma unroll
         for (int i = 0; i < (VOICES + TOGETHER - 1) / TOGETHER; ++i)
-            factors[i] = norm_factor(exchange.at(EX_SUMS), min(first_voice + i * TOGETHER, VOICES - 1), p.epsilon);
+            factors[i] = norm_factor(exchange.at<EX_SUMS>(), min(first_voice + i * TOGETHER, VOICES - 1), p.epsilon);
         copy_async_wait<0>();
         sync();
         MARK(3);
@@ -199,24 +203,32 @@ struct Worker {
                 v.x *= factors[i], v.y *= factors[i], v.z *= factors[i], v.w *= factors[i];
                 const uint4 bits =
                     make_uint4(float_to_bits(v.x), float_to_bits(v.y), float_to_bits(v.z), float_to_bits(v.w));
-                exchange.send(EX_QKV, (voice * QKV_ROWS + qkv.begin * TILE) * 4 + unit * 16, to, bits);
+                exchange.send<EX_QKV>((voice * QKV_ROWS + qkv.begin * TILE) * 4 + unit * 16, to, bits);
             }
         }
     }
 
     // This rank's share of the attention: its keys, its dimensions of the values.
-    DEVICE void attend(int layer, const Keys& keys) {
+    DEVICE void attend(int layer, Keys& keys) {
         MARK(4);
-        exchange.await(EX_QKV);
+        exchange.await<EX_QKV>();
         MARK(5);
-        const unsigned raw = exchange.at(EX_QKV) + place.voice * QKV_ROWS * 4;
+        const unsigned raw = exchange.at<EX_QKV>() + place.voice * QKV_ROWS * 4;
         HeadLanes query;
         query.load(raw + place.head * HEAD_DIM * 4);
-        query.finish(base + GAINS_AT, base + ANGLES_AT, p.epsilon, 1.44269504f / sqrtf(static_cast<float>(HEAD_DIM)));
+        const float factor = query.turn(base + GAINS_AT, base + ANGLES_AT, p.epsilon) *
+                             (1.44269504f / sqrtf(static_cast<float>(HEAD_DIM)));
         Share share;
-        if (active) keys.attend(query, share);
-        if (active && position % PARTS == place.part && position / PARTS % GROUPS / 4 == warp_index())
-            attend_newest(layer, query, share);
+#pragma unroll 1
+        while (keys.more()) {
+            KeyValue pair = keys.next;
+            const int at = keys.position;
+            keys.position += Keys::STRIDE;
+            keys.load();
+            if (lanes_where(at == keys.count) != 0) take_newest(layer, at, pair);
+            const float score = pair.score(query) * factor;
+            if (at <= keys.count) share.add(score, pair.value);
+        }
         share.merge_groups();
         const unsigned at = base + SHARE_AT + warp_index() * OUT_STRIDE * 4;
 #pragma unroll
@@ -229,29 +241,26 @@ struct Worker {
         MARK(8);
     }
 
-    // The new token's own key and value, from the exchange; they are also stored for the tokens to come.
-    DEVICE void attend_newest(int layer, const HeadLanes& query, Share& share) {
+    // The new token's own key and value, from the exchange: for the group whose position it is, which also stores them for
+    // the tokens to come.
+    DEVICE void take_newest(int layer, int at, KeyValue& pair) const {
         const int lane = lane_index();
         HeadLanes key;
-        key.load(exchange.at(EX_QKV) + (place.voice * QKV_ROWS + Q_ROWS + place.kv * HEAD_DIM) * 4);
-        key.finish(base + GAINS_AT + HEAD_DIM * 4, base + ANGLES_AT, p.epsilon, 1.0f);
-        KeyValue pair;
+        key.load(exchange.at<EX_QKV>() + (place.voice * QKV_ROWS + Q_ROWS + place.kv * HEAD_DIM) * 4);
+        const float factor = key.turn(base + GAINS_AT + HEAD_DIM * 4, base + ANGLES_AT, p.epsilon);
+        if (at != position) return;
 #pragma unroll
         for (int i = 0; i < HALF_LANE; i += 2) {
-            pair.low.words[i / 2] = pack2(key.low[i], key.low[i + 1]);
-            pair.high.words[i / 2] = pack2(key.high[i], key.high[i + 1]);
+            pair.low.words[i / 2] = pack2(key.low[i] * factor, key.low[i + 1] * factor);
+            pair.high.words[i / 2] = pack2(key.high[i] * factor, key.high[i + 1] * factor);
         }
         const unsigned raw =
-            exchange.at(EX_QKV) + (place.voice * QKV_ROWS + Q_ROWS + KV_ROWS + place.kv * HEAD_DIM) * 4;
+            exchange.at<EX_QKV>() + (place.voice * QKV_ROWS + Q_ROWS + KV_ROWS + place.kv * HEAD_DIM) * 4;
         const int first = place.dims * OUT_DIMS + lane % 8 * VALUE_DIMS;
+        float value[VALUE_DIMS];
+        load_floats<VALUE_DIMS>(raw + first * 4, value);
 #pragma unroll
-        for (int i = 0; i < VALUE_DIMS; i += 2) {
-            const float2 v = load_shared<float2>(raw + (first + i) * 4);
-            pair.value.words[i / 2] = pack2(v.x, v.y);
-        }
-        const float score = pair.score(query);
-        if (position / PARTS % GROUPS % 4 != lane / 8) return;
-        share.add(score, pair.value);
+        for (int i = 0; i < VALUE_DIMS; i += 2) pair.value.words[i / 2] = pack2(value[i], value[i + 1]);
         Element* keys = cache(p.keys, layer, 0) + static_cast<long long>(position) * Keys::TOKEN;
         Element* values = cache(p.values, layer, first) + static_cast<long long>(position) * Keys::TOKEN;
         pair.low.store(keys + lane % 8 * HALF_LANE);
@@ -285,12 +294,12 @@ struct Worker {
         const unsigned to_share = rank * OUT_STRIDE * 4;
 #pragma unroll
         for (int to = threadIdx.x / UNITS; to < RECEIVERS; to += TEAM / UNITS)
-            exchange.send(EX_ATTENDED, to_share + unit * 16, to, bits);
+            exchange.send<EX_ATTENDED>(to_share + unit * 16, to, bits);
         if (threadIdx.x >= 32) return;
         const uint4 state = make_uint4(float_to_bits(largest), float_to_bits(sum), 0u, 0u);
 #pragma unroll
         for (int to = threadIdx.x; to < RECEIVERS; to += 32)
-            exchange.send(EX_ATTENDED, to_share + OUT_DIMS * 4, to, state);
+            exchange.send<EX_ATTENDED>(to_share + OUT_DIMS * 4, to, state);
     }
 
     // The shares of a head together: this warp's part of the attended vectors, which is what its products need.
@@ -302,7 +311,7 @@ struct Worker {
             const int voice = item / count, dim = begin + item % count;
             const int head = dim / HEAD_DIM, dims = dim % HEAD_DIM / OUT_DIMS;
             const int first = head * RANKS_OF_HEAD + voice * RANKS_OF_VOICE + dims;
-            const unsigned at = exchange.at(EX_ATTENDED) + first * OUT_STRIDE * 4;
+            const unsigned at = exchange.at<EX_ATTENDED>() + first * OUT_STRIDE * 4;
             float2 states[PARTS];
             float values[PARTS], largest = NO_SCORE;
 #pragma unroll
@@ -328,7 +337,7 @@ struct Worker {
     // The attended vector's product joins the residual stream. norm: the next one's index in the gains.
     DEVICE void project_attended(int norm) {
         const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
-        exchange.await(EX_ATTENDED);
+        exchange.await<EX_ATTENDED>();
         MARK(9);
         merge_shares();
         MARK(10);
@@ -339,31 +348,31 @@ struct Worker {
         if (!owns()) return;
         add_to_residual(0);
         MARK(13);
-        publish_residual(EX_AFTER, EX_SUMS_AFTER, next_gain);
+        publish_residual<EX_AFTER, EX_SUMS_AFTER>(next_gain);
         MARK(14);
     }
 
     // Gate and up, and their product of SiLU: 8 channels of each tile.
     DEVICE void gate_and_up() {
-        exchange.await(EX_AFTER);
+        exchange.await<EX_AFTER>();
         MARK(15);
 #pragma unroll
         for (int pass = 0; pass < GATED_PASSES; ++pass) {
             const Tiles tiles = tiles_of_pass<GATED_PASSES>(gated, pass);
-            multiply<GATED_PASS_TILES, HIDDEN_STEPS>(ring, tiles.count(), exchange.at(EX_AFTER),
+            multiply<GATED_PASS_TILES, HIDDEN_STEPS>(ring, tiles.count(), exchange.at<EX_AFTER>(),
                                                      (tiles.begin - gated.begin) * TILE);
         }
         MARK(16);
-        exchange.await(EX_SUMS_AFTER);
+        exchange.await<EX_SUMS_AFTER>();
         // Warps take turns at the tiles of all voices, and stay with a voice where their number divides.
         const int units = gated.count() * VOICES;
-        float factor = norm_factor(exchange.at(EX_SUMS_AFTER), warp_index() % VOICES, p.epsilon);
+        float factor = norm_factor(exchange.at<EX_SUMS_AFTER>(), warp_index() % VOICES, p.epsilon);
         sync();
         MARK(17);
 #pragma unroll 1
         for (int i = warp_index(); i < units; i += TEAM_WARPS) {
             const int lane = lane_index(), tile = i / VOICES, voice = i % VOICES;
-            if (TEAM_WARPS % VOICES != 0) factor = norm_factor(exchange.at(EX_SUMS_AFTER), voice, p.epsilon);
+            if (TEAM_WARPS % VOICES != 0) factor = norm_factor(exchange.at<EX_SUMS_AFTER>(), voice, p.epsilon);
             const float gate = row_sum(base, voice, tile * TILE + lane % 8) * factor;
             const float up = row_sum(base, voice, tile * TILE + 8 + lane % 8) * factor;
             const float value = gate * reciprocal_fast(1.0f + exp2_fast(gate * -1.44269504f)) * up;
@@ -372,23 +381,23 @@ struct Worker {
             v.x = shuffle(word, 0), v.y = shuffle(word, 1), v.z = shuffle(word, 2), v.w = shuffle(word, 3);
 #pragma unroll
             for (int to = lane; to < RECEIVERS; to += 32)
-                exchange.send(EX_GATED, voice * GATED_STRIDE + (gated.begin + tile) * 16, to, v);
+                exchange.send<EX_GATED>(voice * GATED_STRIDE + (gated.begin + tile) * 16, to, v);
         }
     }
 
     DEVICE void project_gated(int norm) {
         const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
         MARK(18);
-        exchange.await(EX_GATED);
+        exchange.await<EX_GATED>();
         MARK(19);
-        multiply<OWN_TILES, GATED_STEPS>(ring, hidden.count(), exchange.at(EX_GATED), 0);
+        multiply<OWN_TILES, GATED_STEPS>(ring, hidden.count(), exchange.at<EX_GATED>(), 0);
         MARK(20);
         sync();
         MARK(21);
         if (!owns()) return;
         add_to_residual(1);
         MARK(22);
-        publish_residual(EX_HIDDEN, EX_SUMS, next_gain);
+        publish_residual<EX_HIDDEN, EX_SUMS>(next_gain);
         MARK(23);
     }
 

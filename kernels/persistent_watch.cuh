@@ -28,16 +28,14 @@ constexpr long long PATIENT = 2LL * SPIN_LIMIT_CYCLES;
 constexpr unsigned TURNS = 32;  // of a spin between two looks at the clock
 constexpr long long GIVEN_UP = -1;
 
-// A look at the clock by a whole warp that waits since `start` (0: this is its first look): when it began, or GIVEN_UP. A
+// A look at the clock by a thread that waits since `start` (0: this is its first look): when it began, or GIVEN_UP. A
 // function of its own, because the spins are many and the machine code of a layer should stay small.
 DEVICE_CALL long long look_at_clock(unsigned* error, unsigned dead, long long start, unsigned code, long long limit) {
     const Watch watch{error, dead};
     const long long now = clock_cycles();
     if (start == 0) start = now;
-    const bool over = watch.is_dead() || now - start > limit || load_flag(error) != 0;
-    if (all_lanes(!over)) return start;
-    if (lane_index() == 0) watch.mark(code);
-    sync_warp();
+    if (!watch.is_dead() && now - start <= limit && load_flag(error) == 0) return start;
+    watch.mark(code);
     return GIVEN_UP;
 }
 
@@ -49,7 +47,25 @@ DEVICE bool spin_until(const Watch& watch, unsigned code, Ready ready, long long
         pause();
         if (turn % TURNS != 0) continue;
         start = look_at_clock(watch.error, watch.dead, start, code, limit);
+        if (!all_lanes(start != GIVEN_UP)) return false;
+    }
+    return true;
+}
+
+// The rest of a wait for a barrier that was not there at the first look; each thread by itself.
+DEVICE_CALL bool spin_at_barrier(unsigned* error, unsigned dead, unsigned barrier, unsigned parity, unsigned code) {
+    long long start = 0;
+    for (unsigned turn = 1; !barrier_done(barrier, parity); ++turn) {
+        pause();
+        if (turn % TURNS != 0) continue;
+        start = look_at_clock(error, dead, start, code, SPIN_LIMIT_CYCLES);
         if (start == GIVEN_UP) return false;
     }
     return true;
+}
+
+// Waits for the end of a barrier's phase: true. Or the launch is given up: false.
+DEVICE bool await_barrier(const Watch& watch, unsigned barrier, unsigned parity, unsigned code) {
+    if (barrier_done(barrier, parity)) return true;
+    return spin_at_barrier(watch.error, watch.dead, barrier, parity, code);
 }

@@ -27,10 +27,11 @@ struct Exchange {
 
     DEVICE void begin() {}
 
-    DEVICE void send(int exchange, unsigned at, int, uint4 v) const {
-        Word* to = words + words_before(exchange) + at / 4;
+    template <int EXCHANGE> DEVICE void send(unsigned at, int, uint4 v) const {
+        constexpr int BEFORE = words_before(EXCHANGE);
+        Word* to = words + BEFORE + at / 4;
 #if WORD_BYTES > 0
-        const unsigned number = counts[exchange] + 1;
+        const unsigned number = counts[EXCHANGE] + 1;
 #endif
 #if WORD_BYTES == 16
         store_words(to, make_word(v.x, number), make_word(v.y, number));
@@ -41,32 +42,34 @@ struct Exchange {
         store_word(to + 2, make_word(v.z, number));
         store_word(to + 3, make_word(v.w, number));
 #else
-        *reinterpret_cast<uint4*>(reinterpret_cast<unsigned*>(words) + words_before(exchange) + at / 4) = v;
+        *reinterpret_cast<uint4*>(reinterpret_cast<unsigned*>(words) + BEFORE + at / 4) = v;
 #endif
     }
-    DEVICE void send(int exchange, unsigned at, int, float v) const {
+    template <int EXCHANGE> DEVICE void send(unsigned at, int, float v) const {
+        constexpr int BEFORE = words_before(EXCHANGE);
 #if WORD_BYTES > 0
-        store_word(words + words_before(exchange) + at / 4, make_word(float_to_bits(v), counts[exchange] + 1));
+        store_word(words + BEFORE + at / 4, make_word(float_to_bits(v), counts[EXCHANGE] + 1));
 #else
-        reinterpret_cast<float*>(words)[words_before(exchange) + at / 4] = v;
+        reinterpret_cast<float*>(words)[BEFORE + at / 4] = v;
 #endif
     }
 
     // The sums of squares come with their rows.
-    DEVICE void await(int exchange) {
-        if (exchange == EX_HIDDEN)
-            receive<exchange_bytes(EX_HIDDEN) / 4, exchange_bytes(EX_SUMS) / 4>(EX_HIDDEN, EX_SUMS);
-        if (exchange == EX_AFTER)
-            receive<exchange_bytes(EX_AFTER) / 4, exchange_bytes(EX_SUMS_AFTER) / 4>(EX_AFTER, EX_SUMS_AFTER);
-        if (exchange == EX_QKV) receive<exchange_bytes(EX_QKV) / 4, 0>(EX_QKV, EX_QKV);
-        if (exchange == EX_ATTENDED) receive<exchange_bytes(EX_ATTENDED) / 4, 0>(EX_ATTENDED, EX_ATTENDED);
-        if (exchange == EX_GATED) receive<exchange_bytes(EX_GATED) / 4, 0>(EX_GATED, EX_GATED);
+    template <int EXCHANGE> DEVICE void await() {
+        if constexpr (EXCHANGE == EX_HIDDEN)
+            receive<EX_HIDDEN, EX_SUMS, exchange_bytes(EX_HIDDEN) / 4, exchange_bytes(EX_SUMS) / 4>();
+        if constexpr (EXCHANGE == EX_AFTER)
+            receive<EX_AFTER, EX_SUMS_AFTER, exchange_bytes(EX_AFTER) / 4, exchange_bytes(EX_SUMS_AFTER) / 4>();
+        if constexpr (EXCHANGE == EX_QKV) receive<EX_QKV, EX_QKV, exchange_bytes(EX_QKV) / 4, 0>();
+        if constexpr (EXCHANGE == EX_ATTENDED) receive<EX_ATTENDED, EX_ATTENDED, exchange_bytes(EX_ATTENDED) / 4, 0>();
+        if constexpr (EXCHANGE == EX_GATED) receive<EX_GATED, EX_GATED, exchange_bytes(EX_GATED) / 4, 0>();
     }
 
-    template <int FIRST, int SECOND> DEVICE void receive(int first, int second) {
+    template <int first, int second, int FIRST, int SECOND> DEVICE void receive() {
         const unsigned number = ++counts[first];
         if (SECOND > 0) counts[second] = number;
-        const int a = words_before(first), b = words_before(second);
+        constexpr int a = words_before(first), b = words_before(second);
+        constexpr unsigned first_at = exchange_at(first), second_at = exchange_at(second);
 #if WORD_BYTES == 0
         ++uses;
         sync_named(1, TEAM);
@@ -83,9 +86,9 @@ struct Exchange {
         sync_named(1, TEAM);
         const unsigned* plain = reinterpret_cast<const unsigned*>(words);
         for (int i = threadIdx.x * 4; i < FIRST; i += TEAM * 4)
-            store_shared<uint4>(base + exchange_at(first) + i * 4, load_global_fresh<uint4>(plain + a + i));
+            store_shared<uint4>(base + first_at + i * 4, load_global_fresh<uint4>(plain + a + i));
         for (int i = threadIdx.x * 4; i < SECOND; i += TEAM * 4)
-            store_shared<uint4>(base + exchange_at(second) + i * 4, load_global_fresh<uint4>(plain + b + i));
+            store_shared<uint4>(base + second_at + i * 4, load_global_fresh<uint4>(plain + b + i));
 #elif WORD_BYTES == 8
         constexpr int MOST = (FIRST + SECOND + TEAM - 1) / TEAM;
         Word heard[MOST];
@@ -109,7 +112,7 @@ struct Exchange {
             const int i = threadIdx.x + n * TEAM;
             if (i < FIRST + SECOND)
                 store_shared<unsigned>(
-                    base + (i < FIRST ? exchange_at(first) + i * 4 : exchange_at(second) + (i - FIRST) * 4),
+                    base + (i < FIRST ? first_at + i * 4 : second_at + (i - FIRST) * 4),
                     word_value(heard[n]));
         }
 #else
@@ -135,12 +138,15 @@ struct Exchange {
         for (int n = 0; n < MOST; ++n) {
             const int i = 2 * (threadIdx.x + n * TEAM);
             if (i >= 2 * PAIRS) continue;
-            const unsigned at = base + (i < FIRST ? exchange_at(first) + i * 4 : exchange_at(second) + (i - FIRST) * 4);
+            const unsigned at = base + (i < FIRST ? first_at + i * 4 : second_at + (i - FIRST) * 4);
             store_shared<unsigned>(at, word_value(heard[n][0]));
             store_shared<unsigned>(at + 4, word_value(heard[n][1]));
         }
 #endif
         sync_named(1, TEAM);
     }
-    DEVICE unsigned at(int exchange) const { return base + exchange_at(exchange); }
+    template <int EXCHANGE> DEVICE unsigned at() const {
+        constexpr unsigned BUFFER = exchange_at(EXCHANGE);
+        return base + BUFFER;
+    }
 };

@@ -42,13 +42,13 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) layers(const __gr
         worker.begin_token(params.position);
         if (worker.owns()) {
             worker.residual = worker.owns_row() ? load_global<float>(params.input + worker.row()) : 0.0f;
-            worker.publish_residual(EX_HIDDEN, EX_SUMS, worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f);
+            worker.publish_residual<EX_HIDDEN, EX_SUMS>(worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f);
         }
         for (int round = 0; round < params.rounds; ++round)
 #pragma unroll 1
             for (int i = 0; i < p.layers; ++i) worker.layer(i);
-        worker.exchange.await(EX_HIDDEN);
-        worker.exchange.await(EX_SUMS);
+        worker.exchange.await<EX_HIDDEN>();
+        worker.exchange.await<EX_SUMS>();
         if (worker.cluster == 0 && worker.owns() && worker.owns_row())
             store_global<float>(params.output + worker.row(), worker.residual);
         if (threadIdx.x == 0) store_flag_shared(base + STOP_AT, 1u);
