@@ -8,9 +8,10 @@ one word of mapped memory.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from .arena import Arena
 from .batch_sizes import BUCKETS, BatchSizes, batch_specs, bucket_of, prompt_capacity, prompt_groups, upload_specs
 from .batch_upload import Upload
 from .forward import (
+    ITEM_BYTES,
     Activations,
     Cache,
     Forward,
@@ -32,7 +34,12 @@ from .forward import (
     SamplePlaces,
 )
 from .launch import Launch
+from .persistent import Common, Places
+from .persistent_run import ControlWords, PersistentRun
 from .program import load_program
+
+if TYPE_CHECKING:
+    from .persistent_path import PersistentPath
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +54,15 @@ PROFILE_NODES = 40  # launches of a graph that times one kind
 
 
 class Batch:
-    """Slots 0..n-1 with all they need. One thread uses a batch at a time."""
+    """Slots 0..n-1 with all they need. One thread uses a batch at a time.
 
-    def __init__(self, forward: Forward, sizes: BatchSizes) -> None:
+    path: takes the few voices that the persistent kernel serves faster than graphs do.
+    """
+
+    def __init__(self, forward: Forward, sizes: BatchSizes, path: PersistentPath | None = None) -> None:
         import cupy
 
-        self.sizes, self._forward = sizes, forward
+        self.sizes, self._forward, self._path = sizes, forward, path
         self._config = forward.config
         self.stream = cupy.cuda.Stream(non_blocking=True)
         self._capture_stream = cupy.cuda.Stream(non_blocking=True)
@@ -71,6 +81,8 @@ class Batch:
         self._cache = Cache(self._arena.pointer("keys"), self._arena.pointer("values"), sizes.slots, sizes.capacity)
         self._programs: dict[tuple[Any, ...], Program] = {}
         self._graphs: dict[int, Graph] = {}
+        self._words = ControlWords()
+        self._run: PersistentRun | None = None  # of the present call, while the persistent kernel computes it
         logger.info(
             "%d voices of up to %d tokens planned on the GPU: %.0f MB", sizes.slots, sizes.capacity, self.nbytes / 1e6
         )
@@ -87,18 +99,15 @@ class Batch:
 
     def begin(self, requests: Sequence[Request], *, give_up: bool) -> None:
         """Put request i into slot i, read the prompts and draw the first tokens; nothing is waited for."""
+        self._requests = requests
         self._rows = bucket_of(len(requests))
         self._slot_of_row = np.arange(len(requests))
         self.progress[:] = 0
         self._upload.slots(requests, self.sizes, give_up=give_up)
-        first = 0
-        for group in prompt_groups([len(r.ids) for r in requests], prompt_capacity(self.sizes)):
-            if first:
-                self.stream.synchronize()  # the tables are read from the host's memory until then
-            self._prefill([requests[i].ids for i in group], first)
-            first += len(group)
-        self._tail(self._rows).run(self.stream.ptr)
+        self._read([r.ids for r in requests])
         self.steps = 1  # asked for so far
+        if self._path is not None and self._path.takes(requests):
+            self._run = PersistentRun(self._path, self, self._words, len(requests))
 
     def advance(self) -> None:
         """Ask for the next steps of all sequences."""
@@ -111,9 +120,16 @@ class Batch:
             word = int(self.progress[slot])
             if step.progress_count(word) >= count or step.progress_status(word):
                 return word
+            if self._run is not None:
+                self._run.await_change(slot, word)
+                continue
             while self.steps < count + AHEAD:
                 self.advance()
-            self._progress_memory.wait(8 * slot, word, self.stream.ptr, changed=True, nbytes=8)
+            self.await_word(slot, word)
+
+    def await_word(self, slot: int, word: int) -> None:
+        """Wait until a slot's progress word is no longer `word`; `DeviceError` where nothing will change it."""
+        self._progress_memory.wait(8 * slot, word, self.stream.ptr, changed=True, nbytes=8)
 
     def finish(self, count: int) -> list[int]:
         """Generate slots 0 to count - 1 to their ends; their last progress words."""
@@ -125,13 +141,16 @@ class Batch:
                 return [int(word) for word in words]
             made = step.progress_count(words[running])
             slowest = int(running[made.argmin()])
+            if self._run is not None:
+                self._run.await_change(slowest, int(words[slowest]), whole=True)
+                continue
             if self._rows >= SHRINK_FROM and int(made.min()) == self.steps and self.steps >= due:
                 due += SHRINK_EVERY
                 if bucket_of(len(running)) < self._rows:
                     self._shrink(running)
             while self.steps < min(int(made.min()) + AHEAD, due if self._rows >= SHRINK_FROM else 1 << 30):
                 self.advance()
-            self._progress_memory.wait(8 * slowest, int(words[slowest]), self.stream.ptr, changed=True, nbytes=8)
+            self.await_word(slowest, int(words[slowest]))
 
     def _shrink(self, running: np.ndarray) -> None:
         """Move the rows of slots `running` together; the next steps are those of a smaller bucket."""
@@ -154,20 +173,99 @@ class Batch:
         """Make ready for another call, once the present stream has read what it wants."""
         import cupy
 
+        self._leave_kernel()
         if (step.progress_status(self.progress[:count]) == step.RUNNING).any():  # given up by the caller
             self.stream.synchronize()
         self.stream.wait_event(cupy.cuda.get_current_stream().record())
 
-    def _prefill(self, prompts: Sequence[np.ndarray], first: int) -> None:
+    def abandon(self) -> None:
+        """After an error, before the memory is freed: the persistent kernel writes to it no more."""
+        with contextlib.suppress(DeviceError):
+            self._leave_kernel()
+
+    def _read(self, prompts: Sequence[np.ndarray], *, names: Sequence[str] = ()) -> None:
+        """The prompts of slots 0, 1, ..., and the token behind each; `names`: what to send instead of everything."""
+        first = 0
+        for group in prompt_groups([len(ids) for ids in prompts], prompt_capacity(self.sizes)):
+            if first:
+                self.stream.synchronize()  # the tables are read from the host's memory until then
+            self._prefill([prompts[i] for i in group], first, names)
+            first += len(group)
+        self._tail(self._rows).run(self.stream.ptr)
+
+    def _prefill(self, prompts: Sequence[np.ndarray], first: int, names: Sequence[str]) -> None:
         """The prompts of slots first, first + 1, ...: their keys and values, and the last row of each."""
         lengths = [len(ids) for ids in prompts]
         rows, longest = sum(lengths), max(lengths)
         self._upload.prompts(prompts, first)
-        self._upload.send(self.stream.ptr)
+        self._upload.send(self.stream.ptr, names)
         program = self._prompt_program(rows, len(prompts), first)
         program.run(self.stream.ptr, rows=rows, sequences=len(prompts), longest=longest)
 
+    # -- the persistent kernel --------------------------------------------------------------------------------------
+
+    def places(self, slot: int) -> Places:
+        """Where the persistent kernel finds the sequence of a slot, whose row of the step has the slot's number."""
+        pointer, c = self._arena.pointer, self._config
+        cache = ITEM_BYTES * self.sizes.capacity * c.num_kv_heads * c.head_dim * slot
+        return Places(
+            keys=pointer("keys") + cache, values=pointer("values") + cache, slot=pointer("slots", slot),
+            seen=pointer("seen", slot), tokens=self._tokens_memory.device + 4 * self.sizes.tokens * slot,
+            states=pointer("states", slot), progress=self._progress_memory.device + 8 * slot,
+            residual=pointer("step.residual", slot), hidden=pointer("step.hidden", slot),
+            square_sums=pointer("step.square_sums", slot), slot_of_row=pointer("slot_of_row", slot), slot_index=slot,
+        )  # fmt: skip
+
+    def common(self, budget: int, *, cancel: int = 0, report: int = 0) -> Common:
+        """What the persistent kernel knows of all slots; see `persistent.Common`."""
+        c, sizes = self._config, self.sizes
+        elements = sizes.slots * sizes.capacity * c.num_kv_heads * c.head_dim
+        return Common(elements, sizes.tokens, budget, cancel, report)
+
+    def go_on(self, *, again: bool) -> None:
+        """By graphs from here, behind the tokens that the host knows of.
+
+        again: the kernel has left nothing for whoever goes on, so what stands in the cache is computed once more.
+        """
+        self._leave_kernel()
+        words = self.progress[: len(self._requests)]
+        counts, running = step.progress_count(words), step.progress_status(words) == step.RUNNING
+        if not running.any():
+            return
+        self.steps = int(counts[running].min())
+        if again:
+            held = [
+                np.concatenate((request.ids, self.tokens[slot, : counts[slot]])) if running[slot] else request.ids[:1]
+                for slot, request in enumerate(self._requests)
+            ]
+            self._read(held, names=("starts", "lengths", "ids", "row_slots", "row_positions"))
+            self.steps += 1
+
+    def _leave_kernel(self) -> None:
+        """The persistent kernel has ended, or does at once."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.close()
+
     # -- measuring ------------------------------------------------------------------------------------------------
+
+    def time_persistent(self, path: PersistentPath, count: int, context: int, steps: int, repeats: int) -> list[float]:
+        """Seconds of a step of the persistent kernel for `count` sequences, as `time_steps` for graphs."""
+        results = []
+        places = [self.places(slot) for slot in range(count)]
+        for _ in range(repeats + 1):  # the first warms up
+            self._pretend(count, max(1, context - steps // 2))
+            self.stream.synchronize()
+            start, end = Event(timing=True), Event(timing=True)
+            start.record(self.stream.ptr)
+            path.decoder.launch(self.stream.ptr, places, self.common(steps))
+            end.record(self.stream.ptr)
+            end.synchronize()
+            path.decoder.check()
+            if int(step.progress_count(self.progress[:count]).min()) < steps:
+                raise DeviceError("a sequence ended while its steps were timed; use a checkpoint that goes on")
+            results.append(end.elapsed_ms(start) / 1e3 / steps)
+        return results[1:]
 
     def time_steps(self, count: int, context: int, steps: int, repeats: int) -> list[float]:
         """Seconds of a decode step for `count` sequences of about `context` tokens, one mean for each repeat."""

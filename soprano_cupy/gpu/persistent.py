@@ -153,6 +153,16 @@ class PersistentDecoder:
         found = self._grid(voices)
         return found if isinstance(found, str) else None
 
+    def prepare(self, voices: int = 1) -> None:
+        """Pack the weights for so many voices ahead of the first launch, and wait for that; any thread."""
+        grid = self._grid(voices)
+        if isinstance(grid, str):
+            return
+        from .program import on_device
+
+        with self._lock, on_device(self._facts.index):
+            self._packed(grid.shape)
+
     def launch(self, stream: int, places: Sequence[Places], common: Common) -> None:
         """Generate the sequences at `places` to their ends, or `budget` tokens of them; returns before it is done.
 

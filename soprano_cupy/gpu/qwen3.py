@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import settings
 from ..checkpoint import TensorFile
 from ..config import MAX_NEW_TOKENS, ModelConfig
 from ..cuda.module import device_facts
@@ -23,6 +24,8 @@ from .batch import Batch
 from .batch_sizes import BUCKETS, CAPACITY_STEP, BatchSizes, bucket_of, sizes_for
 from .forward import Activations, Cache, Forward, PromptSizes, PromptTables, RowRange, activation_specs
 from .linear import padded
+from .persistent import PersistentDecoder
+from .persistent_path import PersistentPath
 from .program import driver_problem, load_program
 from .rounds import GpuRounds
 from .weights import Weights
@@ -88,7 +91,11 @@ class GpuLanguageModel(LanguageModelRunner):
         with self._on_device:
             self._weights = Weights(file, config, dtype)
             self._forward = Forward(config, self._weights, dtype, self._facts)
-            first = Batch(self._forward, BatchSizes(1, min(CAPACITY_STEP, config.max_positions), MAX_NEW_TOKENS))
+            decoder = PersistentDecoder(config, self._weights, self._facts, dtype)
+            self._path = PersistentPath(decoder, self._facts, settings.persistent())
+            self._path.prepare()  # beside what follows
+            sizes = BatchSizes(1, min(CAPACITY_STEP, config.max_positions), MAX_NEW_TOKENS)
+            first = Batch(self._forward, sizes, self._path)
             first.prepare()  # a kernel that does not compile is known now, while there is another way
         self._idle: list[Batch] = [first]
         self._lock = threading.Lock()
@@ -99,9 +106,14 @@ class GpuLanguageModel(LanguageModelRunner):
         return self._forward
 
     @property
+    def persistent(self) -> PersistentPath:
+        """The persistent kernel, and whether it is taken."""
+        return self._path
+
+    @property
     def weight_bytes(self) -> int:
-        """GPU memory of the weights."""
-        return self._weights.nbytes
+        """GPU memory of the weights, in both orders where the persistent kernel has its own."""
+        return self._weights.nbytes + self._path.nbytes
 
     @property
     def nbytes(self) -> int:
@@ -121,11 +133,12 @@ class GpuLanguageModel(LanguageModelRunner):
             if batch is not None:
                 self._idle.remove(batch)
         with self._on_device:
-            batch = batch or Batch(self._forward, sizes)
+            batch = batch or Batch(self._forward, sizes, self._path)
             try:
                 yield batch
             except DeviceError:
-                raise  # whatever state it is in: the next call makes another
+                batch.abandon()  # whatever state it is in: the next call makes another
+                raise
             except BaseException:  # the caller lost interest
                 self._give_back(batch, len(requests))
                 raise
@@ -144,6 +157,11 @@ class GpuLanguageModel(LanguageModelRunner):
         """Seconds of a decode step for `batch` sequences of about `context` tokens; a mean for each repeat."""
         with self._measured(batch, context + steps) as measured:
             return measured.time_steps(batch, context, steps, repeats)
+
+    def benchmark_persistent_step(self, batch: int, context: int, steps: int = 64, repeats: int = 5) -> list[float]:
+        """The same of the persistent kernel, whatever the setting; `DeviceError` where it does not run."""
+        with self._measured(batch, context + steps) as measured:
+            return measured.time_persistent(self._path, batch, context, steps, repeats)
 
     def profile(self, batch: int, context: int) -> list[tuple[str, float]]:
         """Microseconds that each kind of kernel takes of a decode step, with what it waits for the one before."""
