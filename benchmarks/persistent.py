@@ -29,6 +29,7 @@ from soprano_cupy.gpu import persistent, step
 from soprano_cupy.sampling import SamplingParams
 from soprano_cupy.testing import SOPRANO_1_1_80M, make_checkpoint
 
+SAMPLINGS: dict[str, dict[str, Any]] = {"greedy": {}, "top-p": {"temperature": 0.3, "top_p": 0.95, "seed": 1}}
 LIMIT_US = 36.5  # 151 MB at 4.14 TB/s
 
 
@@ -85,6 +86,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--grids", type=int, default=len(persistent.GRIDS), help="how many of the grids to try")
+    parser.add_argument("--voices", type=int, nargs="*", default=[2, 4, 8])
+    parser.add_argument("--profile", action="store_true", help="where the last token's cycles went")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     from soprano_cupy.gpu.qwen3 import GpuLanguageModel, best_dtype
@@ -98,15 +102,17 @@ def main() -> None:
         with open_language_model(path) as file:
             model = GpuLanguageModel(file, config, "cuda", dtype, "benchmark")
     prompt = np.random.default_rng(0).integers(4, config.vocab_size, arguments.context).astype(np.int32)
-    samplings: dict[str, dict[str, Any]] = {"greedy": {}, "top-p": {"temperature": 0.3, "top_p": 0.95, "seed": 1}}
-    for kind, sampling in samplings.items():
+    if arguments.profile:
+        profile(model, prompt, arguments.tokens)
+        return
+    for kind, sampling in SAMPLINGS.items():
         request = Request(prompt, SamplingParams(max_new_tokens=arguments.tokens, **sampling))
         graph = [time_graph(model, [request]) for _ in range(5)]
         t = timing([us for us, _ in graph[1:]])
         expected = graph[0][1]
         report(f"graph, {kind}", t.median, t.p99, f"{len(expected)} tokens")
         rows.append(Row(f"graph, {kind}", t.median, "us a token", t.repeats, p99=t.p99, limit=LIMIT_US))
-        for grid in persistent.GRIDS:
+        for grid in persistent.GRIDS[: arguments.grids]:
             name = f"{grid[0]} clusters of {grid[1]}, dims in {grid[2]}, {kind}"
             decoder = persistent.PersistentDecoder(config, model._weights, model._facts, dtype, grids=(grid,))
             if decoder.problem() is not None:
@@ -128,16 +134,40 @@ def main() -> None:
             if len(same) == 1 and first > 0:
                 checks += 1
                 rows.append(Row(name, t.median, "us a token", t.repeats, p99=t.p99, limit=LIMIT_US))
-    rows += several(model, prompt, arguments.tokens)
+    rows += several(model, prompt, arguments.tokens, arguments.voices)
     head = machine_facts(gpu=True)
     write_results(arguments.out or RESULTS / f"{head['machine']}-persistent.json", "persistent", head, {}, rows, checks)
 
 
-def several(model: Any, prompt: np.ndarray, tokens: int) -> list[Row]:
+TOKEN_POINTS = ("head and its norm", "scores sent", "state sent", "token chosen", "token here", "taken")
+
+
+def profile(model: Any, prompt: np.ndarray, tokens: int) -> None:
+    """Cycles between the marks of the kernel behind the last layer: of the block that chooses, and of the others."""
+    plain, persistent.scratch_words = persistent.kernel_defines, lambda shape: (1 << 19) + 4096
+    persistent.kernel_defines = lambda *known: (*plain(*known), ("PROFILE", 1))
+    for kind, sampling in SAMPLINGS.items():
+        decoder = persistent.PersistentDecoder(model.config, model._weights, model._facts, model.dtype)
+        if decoder.problem() is not None:
+            sys.stdout.write(f"{decoder.problem()}\n")
+            return
+        rows = []
+        for i in range(12):
+            request = Request(prompt, SamplingParams(max_new_tokens=tokens - i, **sampling))
+            time_run(model, decoder, [request])
+            rows.append(decoder._scratch[2 << 19 :][: 64 * 32].get().reshape(64, 32)[:, 24:31].astype(np.int64))
+        cycles = np.diff(np.stack(rows), axis=2) & 0xFFFFFFFF
+        sys.stdout.write(f"{kind}: cycles of the block that chooses, of the others\n")
+        for i, name in enumerate(TOKEN_POINTS):
+            mine, others = np.median(cycles[:, 0, i]), np.median(cycles[:, 1:, i])
+            sys.stdout.write(f"    {name:20s} {mine:7.0f} {others:7.0f}\n")
+
+
+def several(model: Any, prompt: np.ndarray, tokens: int, counts: list[int]) -> list[Row]:
     """A few voices together, of different prompts, by the default grid and by the graph path."""
     rows = []
     decoder = persistent.PersistentDecoder(model.config, model._weights, model._facts, model.dtype)
-    for count in (2, 4, 8):
+    for count in counts:
         requests = [Request(np.roll(prompt, i), SamplingParams(max_new_tokens=tokens)) for i in range(count)]
         t = timing([time_graph(model, requests)[0] for _ in range(5)][1:])
         report(f"graph, {count} voices", t.median, t.p99, "")

@@ -27,6 +27,7 @@ DEVICE void generate(const PersistentParams& p, Worker& worker, Choir& choir, co
         worker.fetch_angles(min(worker.position + 1, p.positions - 1));
         first_gain = worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f;
         if (blockIdx.x < VOICES && choir.is_alive(blockIdx.x)) sampler.choose(number, choir.greedy(blockIdx.x));
+        WORKER_MARK(28);
         choir.receive(number);
     }
     if (threadIdx.x == 0) store_flag_shared(worker.base + STOP_AT, 1u);

@@ -120,6 +120,7 @@ struct Choir {
         if (static_cast<int>(number) == p.stall_at && blockIdx.x == BLOCKS - 1) number = 0u;
         Exchange& exchange = worker.exchange;
         const Tiles mine = tiles();
+        WORKER_MARK(24);
         exchange.await<EX_HIDDEN>();
 #pragma unroll 1
         for (int pass = 0; pass < HEAD_PASSES; ++pass) {
@@ -129,12 +130,15 @@ struct Choir {
         }
         exchange.await<EX_SUMS>();
         worker.sync();
+        WORKER_MARK(25);
 #pragma unroll 1
         for (int item = threadIdx.x; item < HEAD_ROWS * VOICES; item += TEAM) {  // a warp's rows are one voice's
             const int voice = item / HEAD_ROWS, row = item % HEAD_ROWS;
             if (is_alive(voice)) score_row(number, voice, row, mine);
         }
+        WORKER_MARK(26);
         publish_state(number);
+        WORKER_MARK(27);
     }
 
     DEVICE void score_row(unsigned number, int voice, int row, Tiles mine) {
@@ -201,9 +205,11 @@ struct Choir {
             if (lane_index() < VOICES) store_shared<unsigned>(at, dead || !mine ? TOKEN_END : word_value(word));
         }
         worker.sync();
+        WORKER_MARK(29);
         for (int voice = 0; voice < VOICES; ++voice) {
             if (is_alive(voice)) take(voice, load_shared<unsigned>(worker.base + TOKEN_AT + voice * 4));
         }
+        WORKER_MARK(30);
     }
 
     // A voice's new token: the seen ids, the residual stream, the position; and what is left behind at the end.

@@ -8,8 +8,10 @@
 #if defined(PROFILE)
 constexpr int PROFILE_AT = 1 << 19, MARKS = 32;
 #define MARK(point) mark(point)
+#define WORKER_MARK(point) worker.mark(point)
 #else
 #define MARK(point)
+#define WORKER_MARK(point)
 #endif
 
 // What does not change during a launch.
