@@ -55,6 +55,11 @@ class PersistentPath:
         """Why this process does without the kernel, once it has failed."""
         return self._failure
 
+    def use(self, setting: str) -> None:
+        """Another setting from the next call on, to measure both ways with one model."""
+        self.setting, self._decided = setting, {}
+        self.prepare()
+
     def prepare(self) -> None:
         """Begin to make ready what one voice needs; returns at once."""
         if self._thread is None and self._wanted(1, False) is None:
