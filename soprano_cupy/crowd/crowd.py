@@ -1,4 +1,5 @@
-"""The threads of a crowd: one for each device, and one that sees when a device answers no more."""
+"""The threads of a crowd: one for each device, one that tells futures, and one that sees when a device answers no more.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +41,9 @@ class Crowd:
         self._stall_s, self._closing = stall_s, threading.Lock()
         self._workers = [Worker(self, make, f"soprano-{i}") for i, make in enumerate(makers)]
         self._watch = threading.Thread(target=self._look, name="soprano-watch", daemon=True)
+        self._teller = threading.Thread(target=self.scheduler.tell, name="soprano-answers", daemon=True)
+        self.left = threading.Event()  # a worker has ended
+        self._teller.start()
         for worker in self._workers:
             worker.start()
         for worker in self._workers:
@@ -81,6 +85,9 @@ class Crowd:
             for thread in threads:
                 if thread.is_alive() and thread is not threading.current_thread():
                     thread.join()
+            self.scheduler.tell_no_more()
+            if self._teller is not threading.current_thread():
+                self._teller.join()
 
     def __enter__(self) -> Crowd:
         return self
@@ -99,7 +106,10 @@ class Crowd:
         changed = self.scheduler.changed
         while not all(worker.out for worker in self._workers):
             with changed:
-                changed.wait(WATCH_S if self.scheduler.unfinished else None)
+                if not self.scheduler.unfinished and not all(worker.out for worker in self._workers):
+                    changed.wait()
+            self.left.wait(WATCH_S)  # not for changes, of which there are thousands a second
+            self.left.clear()
             now = time.monotonic()
             self.scheduler.expire(now)
             for worker in self._workers:
@@ -134,6 +144,7 @@ class Worker(threading.Thread):
         self.error = DeviceError(f"{driver.device.name} has not answered for {seconds:g} s and is used no more")
         logger.error("%s", self.error)
         self.out = self.stuck = True
+        self._crowd.left.set()
         self._crowd.scheduler.leave(driver, self.error)
         self._crowd.worker_left()
 
@@ -154,6 +165,7 @@ class Worker(threading.Thread):
                 break
         self.out = True
         self.ready.set()
+        self._crowd.left.set()
         with self._crowd.scheduler.changed:
             self._crowd.scheduler.changed.notify_all()
         if not self._stop_asked:

@@ -40,7 +40,7 @@ class Audio(NamedTuple):
     """What an order gave, maybe nothing. A slot's orders are answered one by one, in their order."""
 
     slot: int
-    samples: np.ndarray  # (n,) float32, or int16 of an order with `pcm`; nobody writes to it any more
+    samples: np.ndarray  # (n,) float32, or int16 of an order with `pcm`; it keeps no memory of others' samples
     ends: bool
 
 

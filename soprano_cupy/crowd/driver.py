@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -27,6 +27,9 @@ LONGEST_PIECE = 64  # states; pieces double up to here while the listener has en
 PATIENCE_S = 1.0  # a whole sentence's audio is made as if it ran dry so long after its end
 PIECE_COST = 6  # states that a piece costs beside its own: what surrounds it is made again
 NEWEST_STEP = 0.05  # weight of a step's time in their mean
+GATHER_STEPS = 8  # that newcomers and whole sentences may wait for others, so that they are read and decoded together
+GATHER_PART = 16  # newcomers that need not wait: one for so many who generate, and who wait while prompts are read
+GATHER_FROM = 32  # who generate; below, a decoder's call is as good as any
 NEVER = np.iinfo(np.int64).max
 
 NOT_FINITE = "the language model made numbers that are not finite; the checkpoint may be damaged: download it again"
@@ -45,6 +48,8 @@ class Driver:
         self._ordered = np.zeros(self.slots, np.int64)  # states of the newest order that was given
         self._free = list(range(self.slots))  # a heap: the lowest first, so that few rows hold all
         self._orders: dict[int, tuple[float, Order]] = {}  # wanted, not given yet; with when they should be done
+        self._listened: set[int] = set()  # slots among them whose audio is heard as it is made
+        self._held_in = self._held_out = 0  # turns that newcomers and orders have waited for others
         self._step_s = 0.0  # mean time of a step
         self._stepped: float | None = None  # when the last was asked for
 
@@ -62,10 +67,10 @@ class Driver:
         report = self.device.report()
         for slot in report.left:
             heapq.heappush(self._free, slot)
-        for audio in report.audio:
-            self._hear(audio, now)
+        self._hear(report.audio, now)
         self._look(report, now)
         self._give_orders()
+        self._scheduler.flush()
         return len(self._free) < self.slots
 
     @property
@@ -80,8 +85,13 @@ class Driver:
 
     def _admit(self, now: float) -> None:
         room = min(len(self._free), self.device.most_entries)
-        if not room or not self._scheduler.waiting:
+        ready = min(room, self._scheduler.waiting)
+        if not ready:
             return
+        if ready < self.generating // GATHER_PART and self._held_in < GATHER_STEPS and not self._scheduler.pressing(now):
+            self._held_in += 1
+            return
+        self._held_in = 0
         entries = []
         for sentence in self._scheduler.admit(self, room, self.device.prompt_rows, now):
             slot = heapq.heappop(self._free)
@@ -112,7 +122,7 @@ class Driver:
             elif self._goes_on_as_heard(slot, sentence, count):
                 self._due[slot] = count + self._next_piece(slot, sentence, count, now)
                 sentence.heard_tokens = self.device.tokens(slot, count)
-                self._orders[slot] = sentence.job.audio_ends(), Order(slot, count, False, sentence.job.wish.pcm)
+                self._order(sentence, Order(slot, count, False, sentence.job.wish.pcm), now)
 
     def _next_piece(self, slot: int, sentence: Sentence, count: int, now: float) -> int:
         """Tokens until a stream's next piece: as many again, or so few that half of what there is to hear is left."""
@@ -138,8 +148,7 @@ class Driver:
             self._scheduler.made(sentence, count)
             states = count - (status == status_of.STOP)
             if states >= 2:
-                at = sentence.job.audio_ends() if wish.stream else now + PATIENCE_S
-                self._orders[slot] = at, Order(slot, states, True, wish.pcm)
+                self._order(sentence, Order(slot, states, True, wish.pcm), now)
             else:
                 self._remove([slot])
                 self._scheduler.deliver(self, sentence, np.empty(0, np.float32), ends=True, now=now)
@@ -160,13 +169,31 @@ class Driver:
         self._scheduler.fail(self, sentence, DeviceError(why))
         return False
 
+    def _order(self, sentence: Sentence, order: Order, now: float) -> None:
+        """A piece is wanted, in place of an earlier one of the slot that is not given yet."""
+        listened = sentence.job.wish.stream
+        self._orders[order.slot] = sentence.job.audio_ends() if listened else now + PATIENCE_S, order
+        if listened:
+            self._listened.add(order.slot)
+
     def _give_orders(self) -> None:
-        while self._orders and self.device.decode_room() > 0:
+        while self._orders and self.device.decode_room() > 0 and not self._gathers():
             chosen = self._most_urgent()
             for order in chosen:
                 del self._orders[order.slot]
+                self._listened.discard(order.slot)
                 self._ordered[order.slot] = order.states
+            self._held_out = 0
             self.device.decode(chosen)
+
+    def _gathers(self) -> bool:
+        """Whether to wait for further orders, as nobody listens yet: large calls cost the least for each state."""
+        if self._listened or self._held_out >= GATHER_STEPS or self.generating < GATHER_FROM:
+            return False
+        if sum(order.states + PIECE_COST for _, order in self._orders.values()) >= self.device.decode_states:
+            return False
+        self._held_out += 1
+        return True
 
     def _most_urgent(self) -> list[Order]:
         """As many orders as one call takes, those first that should be done first; at least one."""
@@ -182,13 +209,12 @@ class Driver:
             chosen.append(order)
         return chosen
 
-    def _hear(self, audio: Audio, now: float) -> None:
-        sentence = self._of[audio.slot]
-        if sentence is None:
-            return
-        if audio.ends:
-            self._remove([audio.slot])
-        self._scheduler.deliver(self, sentence, audio.samples, ends=audio.ends, now=now)
+    def _hear(self, answers: Sequence[Audio], now: float) -> None:
+        for slot, samples, ends in answers:
+            sentence = self._of[slot]
+            if sentence is not None:
+                self._scheduler.deliver(self, sentence, samples, ends=ends, now=now)
+        self._remove(slot for slot, _, ends in answers if ends and self._of[slot] is not None)
 
     def _remove(self, slots: Iterable[int]) -> None:
         gone = list(slots)
@@ -198,6 +224,7 @@ class Driver:
                 del self._slot_of[sentence]
             self._generating[slot], self._due[slot] = False, NEVER
             self._orders.pop(slot, None)
+            self._listened.discard(slot)
         if gone:
             self.device.remove(gone)
 

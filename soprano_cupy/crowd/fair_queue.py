@@ -53,6 +53,10 @@ class FairQueue:
         self._run = 0 if job is None else self._run + 1
         return job or self._earliest(blocked) or self._hurried(now, blocked)
 
+    def pressing(self, now: float) -> bool:
+        """Whether a stream waits that is due."""
+        return bool(self._urgent) and self._hurried(now, set()) is not None
+
     def charge(self, job: Job, cost: float) -> None:
         """A job's sentence of `cost` has been admitted."""
         self._clock += cost / (len(self._queued) + 1)  # as if one more waited: who comes next is ahead of who has had

@@ -188,4 +188,5 @@ class RunnerDevice:
         return np.concatenate(pieces) if len(pieces) != 1 else pieces[0]
 
     def _answer(self, order: Order, samples: np.ndarray) -> None:
-        self._report.audio.append(Audio(order.slot, to_pcm16(samples) if order.pcm else samples, order.ends))
+        own = to_pcm16(samples) if order.pcm else samples if samples.base is None else samples.copy()
+        self._report.audio.append(Audio(order.slot, own, order.ends))

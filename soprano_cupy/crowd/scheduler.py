@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -48,6 +49,8 @@ class Scheduler:
         self._running: dict[Driver, set[Sentence]] = {}
         self._dropped: dict[Driver, list[Sentence]] = {}
         self._ended: deque[tuple[Speech, BaseException | None]] = deque()
+        self._wake: SimpleQueue[bool] = SimpleQueue()  # for `tell`; False: there is no more
+        self._telling = self._woken = False
         self._order = 0
         self._waiting_jobs = self._waiting_sentences = 0
         self._tokens_each = TOKENS_EACH
@@ -116,7 +119,32 @@ class Scheduler:
             return self._deadlines[0][0] if self._deadlines else None
 
     def flush(self) -> None:
-        """Tell the futures that have ended; never called with the lock held."""
+        """Have the futures told that have ended; never called with the lock held."""
+        if not self._ended:
+            return
+        if not self._telling:
+            self._tell()
+        elif not self._woken:
+            self._woken = True
+            self._wake.put(True)
+
+    def tell(self) -> None:
+        """Tell futures until `tell_no_more`, for a thread of its own: what waits for them may do anything for any time.
+
+        Without such a thread, those do it who make futures end.
+        """
+        self._telling = True
+        while self._wake.get():
+            self._woken = False
+            self._tell()
+        self._telling = False
+        self._tell()  # what came while it was seen that somebody tells
+
+    def tell_no_more(self) -> None:
+        """End `tell`, once all has been told that ended by now."""
+        self._wake.put(False)
+
+    def _tell(self) -> None:
         while True:
             try:
                 speech, error = self._ended.popleft()
@@ -193,8 +221,13 @@ class Scheduler:
                 self._dropped[driver] = []
             return gone
 
+    def pressing(self, now: float) -> bool:
+        """Whether somebody waits who would soon hear silence."""
+        with self.lock:
+            return self._queue.pressing(now)
+
     def deliver(self, driver: Driver, sentence: Sentence, samples: np.ndarray, *, ends: bool, now: float) -> None:
-        """Audio of a sentence. What comes from a driver that has it no longer goes nowhere."""
+        """Audio of a sentence. What comes from a driver that has it no longer goes nowhere. `flush` afterwards."""
         with self.lock:
             if sentence.driver is not driver:
                 return
@@ -216,8 +249,6 @@ class Scheduler:
                     self._end(job, None)
                 elif job.waiting and job.wish.stream:
                     self._queue.push(job)  # it may run dry earlier than was thought
-        if ends:
-            self.flush()
 
     def made(self, sentence: Sentence, tokens: int) -> None:
         """A sentence has come to its end after so many tokens."""
@@ -233,18 +264,16 @@ class Scheduler:
                 self._requeue(sentence)
 
     def fault(self, driver: Driver, sentence: Sentence, error: BaseException) -> None:
-        """A sentence could not be made: begin it again, or fail where that has happened too often."""
+        """A sentence could not be made: begin it again, or fail where that has happened too often. `flush` afterwards."""
         with self.lock:
             if sentence.driver is driver:
                 self._fault(sentence, error)
-        self.flush()
 
     def fail(self, driver: Driver, sentence: Sentence, error: BaseException) -> None:
-        """A sentence cannot be made."""
+        """A sentence cannot be made. `flush` afterwards."""
         with self.lock:
             if sentence.driver is driver:
                 self._end(sentence.job, error)
-        self.flush()
 
     # -- inside the lock ----------------------------------------------------------------------------------------------
 

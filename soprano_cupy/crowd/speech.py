@@ -39,8 +39,9 @@ class Speech(Future[np.ndarray]):
         """All samples. `TimeoutError` after `timeout` seconds; `CancelledError`; or why it could not be spoken."""
         super().result(timeout)
         with self._more:
-            if self._whole is None:  # a copy even of one chunk, which may keep others' memory alive
-                self._whole = np.concatenate([np.empty(0, self._dtype), *self._chunks])
+            if self._whole is None:
+                joined = len(self._chunks) == 1
+                self._whole = self._chunks[0] if joined else np.concatenate([np.empty(0, self._dtype), *self._chunks])
                 self._chunks = [self._whole]
             return self._whole
 
