@@ -15,7 +15,7 @@ from typing import Any
 from .. import __version__, settings
 from ..errors import SopranoError
 from .console import echo, one_line
-from .options import add_voice_options
+from .options import add_voice_options, tokens_by
 
 WELL, ABSENT, WRONG = "ok", "--", "!!"  # ABSENT: not there, and not needed to speak
 SENTENCE = "This machine can speak."
@@ -190,12 +190,17 @@ def _speech(options: argparse.Namespace) -> Iterator[Finding]:
     yield Finding(WELL, "would use", f"{tts.model.name}: {tts.model.reason}")
     yield Finding(WELL, "device", f"{tts.device}: {tts.device_reason}")
     yield Finding(WELL, "attention", f"{runner.attention}, weights {runner.dtype}: {runner.reason}")
+    for line in tokens_by(runner):
+        yield Finding(WELL, "tokens", line)
     yield Finding(WELL, "decoder", f"weights {tts.engine.decoder.dtype}: {tts.engine.decoder.reason}")
     audio = tts.infer(SENTENCE)
     loudest = float(abs(audio).max()) if len(audio) else 0.0
     if not 0.0 < loudest < float("inf"):
         yield Finding(WRONG, "speech", "the voice made no sound; download it again, or try --device cpu")
         return
+    failure = getattr(getattr(runner, "persistent", None), "failure", None)
+    if failure is not None:
+        yield Finding(WRONG, "tokens", failure)
     spoken = f"{tts.timings.audio_s:.2f} s of sound made in {tts.timings.total_s:.2f} s"
     yield Finding(WELL, "speech", f"works: {spoken}")
 

@@ -19,6 +19,7 @@ from .progress import Progress
 
 if TYPE_CHECKING:
     from ..pipeline import SopranoTTS
+    from ..runner import LanguageModelRunner
 
 _VARIABLES = {
     "device": "SOPRANO_DEVICE",
@@ -129,9 +130,17 @@ def describe(tts: SopranoTTS, load_s: float) -> None:
     say(f"device     {tts.device}: {tts.device_reason}")
     say(f"attention  {runner.attention}, weights {runner.dtype}: {runner.reason}")
     say(f"decoder    weights {tts.engine.decoder.dtype}: {tts.engine.decoder.reason}")
+    for line in tokens_by(runner):
+        say(f"tokens     {line}")
     if tts.device != "cpu" and hasattr(runner, "nbytes"):
         planned = runner.nbytes + getattr(tts.engine.decoder, "nbytes", 0)
         say(f"memory     {planned / 1e6:.0f} MB planned on the GPU, beside CUDA's own")
+
+
+def tokens_by(runner: LanguageModelRunner) -> list[str]:
+    """What computes the tokens of one voice and of a few, and why, where there is a choice."""
+    path = getattr(runner, "persistent", None)
+    return [] if path is None else list(path.describe())
 
 
 def fetch_if_missing(name: str) -> None:

@@ -71,11 +71,8 @@ class PersistentPath:
 
         drawn: any of their tokens are drawn, not greedy.
         """
-        reason = self._wanted(voices, drawn)
-        if reason is None:
-            self._wait()
-            reason = self._failure or self._examined(voices)
-        return reason
+        self._wait()
+        return self._wanted(voices, drawn) or self._examined(voices)
 
     def takes(self, requests: Sequence[Request]) -> bool:
         """Whether these requests, together, go this way; for each kind, what is decided and why is logged once."""
