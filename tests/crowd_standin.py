@@ -50,6 +50,9 @@ class CrowdStandIn(vocos_standin.StandIn):
         stream = cupy.cuda.Stream
 
         class Stream(stream):  # type: ignore[misc, valid-type]
+            def __init__(self, non_blocking: bool = False, priority: int = 0) -> None:
+                super().__init__(non_blocking)
+
             def __enter__(self) -> Any:
                 return self
 
@@ -74,6 +77,7 @@ class CrowdStandIn(vocos_standin.StandIn):
     def _event(self) -> type:
         event: Any = super()._event()
         event.done = lambda _: True
+        event.wait = lambda _, seconds, spin_s=0.0: True
         return event  # type: ignore[no-any-return]
 
     def _load_program(self, launches: Sequence[Launch | LinearRequest], device: int) -> Any:

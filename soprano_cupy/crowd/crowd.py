@@ -1,5 +1,4 @@
-"""The threads of a crowd: one for each device, one that tells futures, and one that sees when a device answers no more.
-"""
+"""The threads of a crowd: one for each device, one that tells futures, and one that sees when a device is silent."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ class Driver:
         ready = min(room, self._scheduler.waiting)
         if not ready:
             return
-        if ready < self.generating // GATHER_PART and self._held_in < GATHER_STEPS and not self._scheduler.pressing(now):
+        few = ready < self.generating // GATHER_PART
+        if few and self._held_in < GATHER_STEPS and not self._scheduler.pressing(now):
             self._held_in += 1
             return
         self._held_in = 0

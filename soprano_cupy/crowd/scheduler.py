@@ -264,7 +264,7 @@ class Scheduler:
                 self._requeue(sentence)
 
     def fault(self, driver: Driver, sentence: Sentence, error: BaseException) -> None:
-        """A sentence could not be made: begin it again, or fail where that has happened too often. `flush` afterwards."""
+        """A sentence could not be made: begin it again, or fail if that has happened too often. `flush` afterwards."""
         with self.lock:
             if sentence.driver is driver:
                 self._fault(sentence, error)

@@ -109,27 +109,33 @@ class GpuDevice:
     def report(self) -> Report:
         word = self._steps.progress.copy()
         audio = self._voices.answers()
-        left = [slot for slot, event in self._leaving if self._has_left(slot, event)]
-        self._leaving = [(slot, event) for slot, event in self._leaving if slot not in left]
+        left: list[int] = []
+        staying: list[tuple[int, Any]] = []
+        for slot, event in self._leaving:
+            if (event is None or event.done()) and not self._voices.owes(slot):
+                left.append(slot)
+            else:
+                staying.append((slot, event))
+        self._leaving = staying
         return Report(
             words.progress_count(word), words.progress_status(word), words.progress_stuck(word), audio,
             left,
         )  # fmt: skip
 
-    def _has_left(self, slot: int, event: Any) -> bool:
-        return (event is None or event.done()) and not self._voices.owes(slot)
-
     def tokens(self, slot: int, count: int) -> np.ndarray:
         return np.array(self._steps.tokens[slot, :count])
 
     def wait(self, seconds: float) -> None:
-        time.sleep(min(seconds, 1e-4))
+        if self._voices.busy:
+            self._voices.wait(seconds)
+        else:
+            time.sleep(min(seconds, 1e-4))  # slots that are about to be free
 
     def close(self) -> None:
         """Wait until the GPU uses none of the memory, and give it back."""
         with contextlib.suppress(Exception):
             self._steps.wait(self._steps.mark())
-            self._voices.synchronize()
+            self._voices.close()
         vars(self).pop("_steps", None)
         vars(self).pop("_voices", None)
         with contextlib.suppress(Exception):

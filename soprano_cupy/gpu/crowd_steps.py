@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 AHEAD = 2  # steps under way
 PACK_EVERY = 8  # steps, at least, from one packing of rows to the next
 ANSWER_S = 20.0  # that the steps under way may take before the GPU counts as hung
-SPIN_S = 100e-6  # that the host looks without a pause
-PAUSE_S = 30e-6
+SPIN_S = 20e-6  # that the host looks without a pause
+PRIORITY = -5  # of streams in which somebody waits for the next step: more urgent than all others, as far as there are
 
 
 class CrowdSteps:
@@ -56,8 +56,8 @@ class CrowdSteps:
 
         self.sizes, self._forward, self._config = sizes, forward, forward.config
         self._kernels_of = step_rows_of(sizes) if invariant else 0
-        self.stream = cupy.cuda.Stream(non_blocking=True)
-        self._capture_stream = cupy.cuda.Stream(non_blocking=True)
+        self.stream = cupy.cuda.Stream(non_blocking=True, priority=PRIORITY)
+        self._capture_stream = cupy.cuda.Stream(non_blocking=True, priority=PRIORITY)  # which a graph's kernels keep
         self._arena = Arena(crowd_specs(self._config, sizes))
         self._workspace = cupy.zeros(max(1, self._workspace_bytes()), np.uint8)
         self._arena["slot_of_row"][:] = -1
@@ -128,12 +128,8 @@ class CrowdSteps:
 
     def wait(self, event: Any) -> None:
         """Wait for an event, letting other threads work; `DeviceError` where it does not come."""
-        begin = time.perf_counter()
-        while not event.done():
-            passed = time.perf_counter() - begin
-            if passed > ANSWER_S:
-                raise DeviceError(f"the GPU has not answered within {ANSWER_S:g} s; see in nvidia-smi whether it hangs")
-            time.sleep(0 if passed < SPIN_S else PAUSE_S)
+        if not event.wait(ANSWER_S, spin_s=SPIN_S):
+            raise DeviceError(f"the GPU has not answered within {ANSWER_S:g} s; see in nvidia-smi whether it hangs")
 
     def _scatter(self, count: int) -> None:
         """The records and masks of sequences that enter, to their slots."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CALLS = 2  # under way
+BLOCKS = 4  # of page-locked memory: a call's samples lie there until they are copied to memory of their own
+CUT_BYTES = 1 << 16  # of samples that the device's thread copies itself
+CUTTERS = 2  # threads that copy the rest: half of a sentence's time goes into fresh pages
 FLOAT_BYTES = 4
 
 
@@ -39,8 +43,23 @@ class _Call(NamedTuple):
     """A call under way."""
 
     done: Any  # Event
-    block: Any  # page-locked memory
+    block: _Block
     parts: list[_Part]
+
+
+class _Block:
+    """Page-locked memory for the samples of one call."""
+
+    def __init__(self, nbytes: int) -> None:
+        memory = program.MappedMemory(nbytes)
+        self.address, self._bytes = memory.host, np.frombuffer(memory.view(), np.uint8)
+
+    def cut(self, part: _Part) -> Audio:
+        """An order's samples, in memory of their own."""
+        kind = np.int16 if part.order.pcm else np.float32
+        return Audio(
+            part.order.slot, self._bytes[part.start : part.start + part.nbytes].view(kind).copy(), part.order.ends
+        )
 
 
 def voice_pieces(
@@ -75,7 +94,8 @@ class VoiceDecoder:
     """Answers orders for slots whose states lie in (slots, tokens, input_size) float32 on the device.
 
     Work and copies go on streams of their own; `order` returns at once, `answers` never waits. Until it is answered, a
-    call has one of `CALLS` buffers to itself.
+    call has one of `CALLS` buffers to itself. Whole sentences, half a megabyte each, are copied out of page-locked
+    memory by threads that do nothing else.
     """
 
     def __init__(self, decoder: GpuDecoder, states: Any, *, one_class: bool = False) -> None:
@@ -91,10 +111,14 @@ class VoiceDecoder:
         self._hop_bytes = self._config.hop_length * FLOAT_BYTES
         hops = max(self._slices.rows, FRAMES_PER_TOKEN * self._tokens) + PARTS
         self._buffers = [cupy.empty(hops * self._hop_bytes, np.uint8) for _ in range(CALLS)]
+        self._blocks = [_Block(hops * self._hop_bytes) for _ in range(BLOCKS)]
+        self._cutter = ThreadPoolExecutor(CUTTERS, "soprano-samples")
+        self._cutting: deque[tuple[Future[list[Audio]], _Block]] = deque()
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._copies = cupy.cuda.Stream(non_blocking=True)
         self._computed = program.Event()
         self._calls: deque[_Call] = deque()
+        self._events: list[Any] = []  # to be used again
         self._turn = 0
         self._slices.prepare()
 
@@ -111,11 +135,11 @@ class VoiceDecoder:
     @property
     def room(self) -> int:
         """Calls that can be begun now."""
-        return CALLS - len(self._calls)
+        return min(CALLS - len(self._calls), len(self._blocks))
 
     @property
     def busy(self) -> bool:
-        return bool(self._calls)
+        return bool(self._calls or self._cutting)
 
     def owes(self, slot: int) -> bool:
         """Whether an order of a slot is not answered yet."""
@@ -127,8 +151,6 @@ class VoiceDecoder:
 
     def order(self, orders: Sequence[Order]) -> None:
         """Queue what the orders need, where there is room. The states must have been written for good."""
-        import cupy
-
         from ._driver import copy
 
         buffer = self._buffers[self._turn]
@@ -139,10 +161,10 @@ class VoiceDecoder:
             used = self._run([order for order in orders if order.pcm is pcm], address, used, parts, pcm=pcm)
         self._computed.record(self._stream.ptr)
         self._computed.hold(self._copies.ptr)
-        block = np.frombuffer(cupy.cuda.alloc_pinned_memory(max(1, used)), np.uint8, used)
+        block = self._blocks.pop()
         if used:
-            copy(block.ctypes.data, address, used, self._copies.ptr)
-        done = program.Event()
+            copy(block.address, address, used, self._copies.ptr)
+        done = self._events.pop() if self._events else program.Event()
         done.record(self._copies.ptr)
         self._turn = (self._turn + 1) % CALLS
         self._calls.append(_Call(done, block, parts))
@@ -170,16 +192,38 @@ class VoiceDecoder:
 
     def answers(self) -> list[Audio]:
         """What is done by now."""
-        audio = []
+        audio: list[Audio] = []
         while self._calls and self._calls[0].done.done():
-            _, block, parts = self._calls.popleft()
-            for order, start, nbytes in parts:
-                kind = np.int16 if order.pcm else np.float32
-                audio.append(Audio(order.slot, block[start : start + nbytes].view(kind), order.ends))
-                self._owed[order.slot] -= 1
+            done, block, parts = self._calls.popleft()
+            self._events.append(done)
+            # A slot's last samples only may come later than those of later calls: nothing of the slot follows them.
+            later = [part for part in parts if part.order.ends and part.nbytes > CUT_BYTES]
+            audio += [block.cut(part) for part in parts if not part.order.ends or part.nbytes <= CUT_BYTES]
+            if later:
+                self._cutting.append((self._cutter.submit(_cut, block, later), block))
+            else:
+                self._blocks.append(block)
+        while self._cutting and self._cutting[0][0].done():
+            cut, block = self._cutting.popleft()
+            audio += cut.result()
+            self._blocks.append(block)
+        for answer in audio:
+            self._owed[answer.slot] -= 1
         return audio
 
-    def synchronize(self) -> None:
-        """Wait for everything."""
+    def wait(self, seconds: float) -> None:
+        """Wait at most so long for the next answer, where one is under way."""
+        if self._cutting:
+            wait([self._cutting[0][0]], seconds)
+        elif self._calls:
+            self._calls[0].done.wait(seconds)
+
+    def close(self) -> None:
+        """Wait for everything, and end the threads."""
+        self._cutter.shutdown()
         self._stream.synchronize()
         self._copies.synchronize()
+
+
+def _cut(block: _Block, parts: Sequence[_Part]) -> list[Audio]:
+    return [block.cut(part) for part in parts]
