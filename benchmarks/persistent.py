@@ -33,25 +33,6 @@ SAMPLINGS: dict[str, dict[str, Any]] = {"greedy": {}, "top-p": {"temperature": 0
 LIMIT_US = 36.5  # 151 MB at 4.14 TB/s
 
 
-def places_of(batch: Any, config: ModelConfig, slot: int = 0) -> persistent.Places:
-    """A slot of a batch, whose row has the slot's number."""
-    arena, sizes = batch._arena, batch.sizes
-    cache = 2 * sizes.capacity * config.num_kv_heads * config.head_dim * slot
-    return persistent.Places(
-        keys=arena.pointer("keys") + cache, values=arena.pointer("values") + cache, slot=arena.pointer("slots", slot),
-        seen=arena.pointer("seen", slot), tokens=batch._tokens_memory.device + 4 * sizes.tokens * slot,
-        states=arena.pointer("states", slot), progress=batch._progress_memory.device + 8 * slot,
-        residual=arena.pointer("step.residual", slot), hidden=arena.pointer("step.hidden", slot),
-        square_sums=arena.pointer("step.square_sums", slot), slot_of_row=arena.pointer("slot_of_row", slot),
-        slot_index=slot,
-    )  # fmt: skip
-
-
-def common_of(batch: Any, config: ModelConfig) -> persistent.Common:
-    elements = batch.sizes.capacity * config.num_kv_heads * config.head_dim * batch.sizes.slots
-    return persistent.Common(layer_elements=elements, most_tokens=batch.sizes.tokens)
-
-
 def time_run(model: Any, decoder: Any, requests: list[Request]) -> tuple[float, np.ndarray]:
     """Microseconds per step behind the first tokens, and the first voice's tokens."""
     from soprano_cupy.gpu._driver import Event
@@ -60,9 +41,9 @@ def time_run(model: Any, decoder: Any, requests: list[Request]) -> tuple[float, 
         batch.begin(requests, give_up=False)
         batch.stream.synchronize()
         start, end = Event(timing=True), Event(timing=True)
-        places = [places_of(batch, model.config, slot) for slot in range(len(requests))]
+        places = [batch.places(slot) for slot in range(len(requests))]
         start.record(batch.stream.ptr)
-        decoder.launch(batch.stream.ptr, places, common_of(batch, model.config))
+        decoder.launch(batch.stream.ptr, places, batch.common(persistent.UNLIMITED))
         end.record(batch.stream.ptr)
         batch.stream.synchronize()
         decoder.check()
@@ -101,6 +82,7 @@ def main() -> None:
         config = ModelConfig.from_folder(path)
         with open_language_model(path) as file:
             model = GpuLanguageModel(file, config, "cuda", dtype, "benchmark")
+    model.persistent.use("0")  # `finish` is the graph path then
     prompt = np.random.default_rng(0).integers(4, config.vocab_size, arguments.context).astype(np.int32)
     if arguments.profile:
         profile(model, prompt, arguments.tokens)

@@ -40,6 +40,7 @@ class Engine:
             pytest.skip(reason)
         with open_language_model(folder) as file:
             self.model = GpuLanguageModel(file, config, "cuda", dtype, "test")
+        self.model.persistent.use("0")  # `graph` is to be what its name says
         self.decoder = persistent.PersistentDecoder(config, self.model._weights, self.model._facts, dtype)
         if self.decoder.problem() is not None:
             pytest.skip(f"the persistent kernel does not run here: {self.decoder.problem()}")
@@ -51,12 +52,9 @@ class Engine:
         """(tokens, states, record), by launches of `budget` tokens."""
         with self.model.borrowed([request]) as batch:
             batch.begin([request], give_up=False)
-            places, common = (
-                places_of(batch, self.model.config),
-                common_of(batch, self.model.config, budget=budget, **others),
-            )
+            common = replace(batch.common(budget), **others)
             while True:
-                self.decoder.launch(batch.stream.ptr, [places], common)
+                self.decoder.launch(batch.stream.ptr, [batch.places(0)], common)
                 batch.stream.synchronize()
                 self.decoder.check()
                 word = int(batch.progress[0])
@@ -65,25 +63,6 @@ class Engine:
             count = step.progress_count(word)
             record = batch._arena["slots"].get()[0]
             return np.array(batch.tokens[0, :count]), batch.states[0, :count].get(), record
-
-
-def places_of(batch: Any, config: Any, slot: int = 0) -> persistent.Places:
-    """The addresses of a slot of a batch, whose row is the slot's number."""
-    arena, sizes = batch._arena, batch.sizes
-    of_slot = sizes.capacity * config.num_kv_heads * config.head_dim
-    return persistent.Places(
-        keys=arena.pointer("keys") + 2 * of_slot * slot, values=arena.pointer("values") + 2 * of_slot * slot,
-        slot=arena.pointer("slots", slot), seen=arena.pointer("seen", slot),
-        tokens=batch._tokens_memory.device + 4 * sizes.tokens * slot, states=arena.pointer("states", slot),
-        progress=batch._progress_memory.device + 8 * slot, residual=arena.pointer("step.residual", slot),
-        hidden=arena.pointer("step.hidden", slot), square_sums=arena.pointer("step.square_sums", slot),
-        slot_of_row=arena.pointer("slot_of_row", slot), slot_index=slot,
-    )  # fmt: skip
-
-
-def common_of(batch: Any, config: Any, **others: int) -> persistent.Common:
-    elements = batch.sizes.capacity * config.num_kv_heads * config.head_dim * batch.sizes.slots
-    return persistent.Common(layer_elements=elements, most_tokens=batch.sizes.tokens, **others)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -146,8 +125,8 @@ def test_several_voices(engine: Engine, count: int) -> None:
     requests = [ask(PROMPTS[i % 3], 20 + 5 * i, **list(SAMPLINGS.values())[i % 2]) for i in range(count)]
     with engine.model.borrowed(requests) as batch:
         batch.begin(requests, give_up=False)
-        places = [places_of(batch, engine.model.config, slot) for slot in range(count)]
-        engine.decoder.launch(batch.stream.ptr, places, common_of(batch, engine.model.config))
+        places = [batch.places(slot) for slot in range(count)]
+        engine.decoder.launch(batch.stream.ptr, places, batch.common(persistent.UNLIMITED))
         batch.stream.synchronize()
         engine.decoder.check()
         counts = [step.progress_count(int(batch.progress[i])) for i in range(count)]
@@ -195,9 +174,8 @@ def test_cancelled(engine: Engine) -> None:
     np.frombuffer(memory.view(), np.uint32)[0] = 1
     with engine.model.borrowed([ask(PROMPTS[0])]) as batch:
         batch.begin([ask(PROMPTS[0])], give_up=False)
-        places = places_of(batch, engine.model.config)
-        common = common_of(batch, engine.model.config, cancel=memory.device, report=memory.device + 8)
-        engine.decoder.launch(batch.stream.ptr, [places], common)
+        common = batch.common(persistent.UNLIMITED, cancel=memory.device, report=memory.device + 8)
+        engine.decoder.launch(batch.stream.ptr, [batch.places(0)], common)
         batch.stream.synchronize()
         engine.decoder.check()
         assert step.progress_status(int(batch.progress[0])) == step.RUNNING

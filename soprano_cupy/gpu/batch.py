@@ -249,13 +249,14 @@ class Batch:
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
-    def time_persistent(self, path: PersistentPath, count: int, context: int, steps: int, repeats: int) -> list[float]:
+    def time_persistent(
+        self, path: PersistentPath, count: int, context: int, steps: int, repeats: int, temperature: float
+    ) -> list[float]:
         """Seconds of a step of the persistent kernel for `count` sequences, as `time_steps` for graphs."""
         results = []
         places = [self.places(slot) for slot in range(count)]
         for _ in range(repeats + 1):  # the first warms up
-            self._pretend(count, max(1, context - steps // 2))
-            self.stream.synchronize()
+            self._pretend(count, max(1, context - steps // 2), temperature)
             start, end = Event(timing=True), Event(timing=True)
             start.record(self.stream.ptr)
             path.decoder.launch(self.stream.ptr, places, self.common(steps))
@@ -267,12 +268,12 @@ class Batch:
             results.append(end.elapsed_ms(start) / 1e3 / steps)
         return results[1:]
 
-    def time_steps(self, count: int, context: int, steps: int, repeats: int) -> list[float]:
+    def time_steps(self, count: int, context: int, steps: int, repeats: int, temperature: float = 0.0) -> list[float]:
         """Seconds of a decode step for `count` sequences of about `context` tokens, one mean for each repeat."""
         replays = max(1, steps // STEPS)
         results = []
         for _ in range(repeats + 1):  # the first warms up
-            self._pretend(count, max(1, context - steps // 2))
+            self._pretend(count, max(1, context - steps // 2), temperature)
             start, end = Event(timing=True), Event(timing=True)
             start.record(self.stream.ptr)
             self._graph(self._rows).launch(self.stream.ptr, replays)
@@ -310,9 +311,9 @@ class Batch:
         end.synchronize()
         return 1e3 * end.elapsed_ms(start) / copies
 
-    def _pretend(self, count: int, context: int) -> None:
+    def _pretend(self, count: int, context: int, temperature: float = 0.0) -> None:
         """Slots that hold `context` tokens of nothing."""
-        params = SamplingParams(max_new_tokens=self.sizes.tokens)
+        params = SamplingParams(temperature, max_new_tokens=self.sizes.tokens, seed=1)
         self._rows = bucket_of(count)
         self.stream.synchronize()
         self.progress[:] = 0

@@ -153,15 +153,18 @@ class GpuLanguageModel(LanguageModelRunner):
 
     # -- measuring ------------------------------------------------------------------------------------------------
 
-    def benchmark_step(self, batch: int, context: int, steps: int = 32, repeats: int = 5) -> list[float]:
-        """Seconds of a decode step for `batch` sequences of about `context` tokens; a mean for each repeat."""
-        with self._measured(batch, context + steps) as measured:
-            return measured.time_steps(batch, context, steps, repeats)
+    def benchmark_step(
+        self, batch: int, context: int, steps: int = 32, repeats: int = 5, temperature: float = 0.0
+    ) -> list[float]:
+        """Seconds of a decode step for `batch` sequences of about `context` tokens; a mean for each repeat.
 
-    def benchmark_persistent_step(self, batch: int, context: int, steps: int = 64, repeats: int = 5) -> list[float]:
-        """The same of the persistent kernel, whatever the setting; `DeviceError` where it does not run."""
+        By the persistent kernel where that would generate them, else by graphs.
+        """
+        stays = self._path.problem(batch, drawn=temperature > 0) is None
         with self._measured(batch, context + steps) as measured:
-            return measured.time_persistent(self._path, batch, context, steps, repeats)
+            if stays:
+                return measured.time_persistent(self._path, batch, context, steps, repeats, temperature)
+            return measured.time_steps(batch, context, steps, repeats, temperature)
 
     def profile(self, batch: int, context: int) -> list[tuple[str, float]]:
         """Microseconds that each kind of kernel takes of a decode step, with what it waits for the one before."""
