@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from text_samples import ANY_TEXT
 
 import soprano_cupy.text
 from soprano_cupy.text import abbreviations, build_prompts, money, normalize
-from soprano_cupy.text.characters import CURRENCY_SIGNS
+from soprano_cupy.text.characters import to_readable
+from soprano_cupy.text.layout import lay_out
 from soprano_cupy.text.normalizer import PASSES
 from soprano_cupy.text.punctuation import ALPHABET
+from soprano_cupy.text.rules import CURRENCY_SIGNS, Rewriter
 from soprano_cupy.text.sentences import MAX_LENGTH
 
 parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
@@ -26,23 +29,6 @@ parser = importlib.import_module("re._parser" if sys.version_info >= (3, 11) els
 PROPERTY = settings(max_examples=400, derandomize=True, deadline=None, database=None)
 
 
-def cut(text: str) -> list[str]:
-    return text.split("|")
-
-
-FRAGMENTS = [
-    *cut("Mr. |Dr |St. |co.|etc.|e.g.|U.S.|p.m.|Ph.D.|Sat|Sun |Mar|Jan |Mon-|No. |Fig. |vs|Ave|w/|24/7|A.I."),
-    *cut("1|23|456|1,234|3.14|2024|0|007|.5|10:30|1:2:3|1:30:00|555-1234|(555) 123-4567|2025-01-31|1/2/2025"),
-    *cut("$|£|€|¢|km|kg|°C|°|K|M|th|st|s|'s| million|^2|#|@|&|&amp;|%|~|\\|_|`|*|+|=|<|>|<=|->|/"),
-    *" .,!?:;-–—()[]{}'\"\n\t\r",
-    *cut("http://|www.|a@b.com|file.txt|hello |World|The |camelCase|HTTPServer|CPUs|AAA|iii|sooo"),
-    *cut("é|ß|Æ|北京|Ж|ا|か\u3099|ﬁ|½|²|⁶|α|µ|→|≤|😀|👍🏽|\u200b|\u200d|\ufeff|\u0301|\ud800|\x00|\u2028|１|٣"),
-]
-ANY_TEXT = st.one_of(
-    st.text(st.characters(exclude_categories=()), max_size=60),
-    st.text("".join(map(chr, range(32, 127))), max_size=60),
-    st.lists(st.sampled_from(FRAGMENTS), max_size=25).map("".join),
-)
 SHORT_FORMS = {
     *abbreviations._TITLES,
     *abbreviations._SUFFIXES,
@@ -209,7 +195,7 @@ PIECES += [
 def test_repetition_of_anything_grows_in_proportion(piece: str) -> None:
     text = piece * (4000 // len(piece))
     size = 0
-    for run in PASSES:
+    for run in (to_readable, lay_out, *(Rewriter([rules]) for rules in PASSES)):
         text = run(text)
         size = max(size, len(text))
     assert size <= 40 * 4000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .rules import alternatives, words
+from .rules import alternatives, replace, rules, words
 
 # Read as titles with or without a stop, in any case of letters: they are nothing else.
 _TITLES = {
@@ -111,25 +111,6 @@ _HUMPS = re.compile(r"[A-Z][a-z]*")
 _SAME_CAPITALS = re.compile(r"\b(?!III)(?:([A-Z])\1\1|www)\b")
 
 
-def expand_abbreviations(text: str) -> str:
-    """Short forms with their stops; runs before the figures are read, since some stand before one."""
-    text = _PHRASE.sub(lambda match: _PHRASES[match[0]], text)
-    text = _REFERENCE.sub(lambda match: f"{_REFERENCES[match[1]]} ", text)
-    text = _SAINT.sub(_read_saint, text)
-    text = _TITLE.sub(_read_title, text)
-    text = _CAPITAL_TITLE.sub(lambda match: f"{_CAPITAL_TITLES[match[1].capitalize()]} ", text)
-    text = _SUFFIX.sub(_read_suffix, text)
-    text = _BARE_SUFFIX.sub(lambda match: _SUFFIXES[match[1].lower()], text)
-    return _INITIALS.sub(_read_initials, text)
-
-
-def split_capitals(text: str) -> str:
-    """Acronyms by letter and words written in humps: `HTTPServer` → `H T T P Server`, `GPUs` → `g p u's`."""
-    text = _ACRONYM.sub(lambda match: _WORDS[match[0]], text)
-    text = _SAME_CAPITALS.sub(lambda match: " ".join(match[0]), text)
-    return _WORD.sub(lambda match: _split_humps(match[0]), text)
-
-
 def _stop_if_sentence_ends(match: re.Match[str]) -> str:
     """The stop of a short form, kept where it also ends the sentence."""
     return "." if match["stop"] and _SENTENCE_ENDS.match(match.string, match.end()) else ""
@@ -172,3 +153,23 @@ def _split_humps(word: str) -> str:
     if 1 < len(humps) == len(word) - 1 and word[-1] == "s":
         return f"{word[:-1]}'s"  # the plural of an acronym
     return " ".join(humps)
+
+
+SHORT_FORMS = rules(
+    replace(_PHRASE, lambda match: _PHRASES[match[0]], "/"),
+    replace(_REFERENCE, lambda match: f"{_REFERENCES[match[1]]} ", ("a.0", "a. 0")),
+    replace(_SAINT, _read_saint, names=["st"]),
+    replace(_TITLE, _read_title, names=_TITLES),
+    replace(_CAPITAL_TITLE, lambda match: f"{_CAPITAL_TITLES[match[1].capitalize()]} ", names=_CAPITAL_TITLES),
+    replace(_SUFFIX, _read_suffix, ".a. .A.", names=_SUFFIXES),
+    replace(_BARE_SUFFIX, lambda match: _SUFFIXES[match[1].lower()], names=[*_STOP_OPTIONAL, "Ave", "Blvd", "Rd"]),
+    replace(_INITIALS, _read_initials, ".a .A"),
+)
+"""Short forms with their stops; read before the figures, since some stand before one."""
+
+CAPITALS = rules(
+    replace(_ACRONYM, lambda match: _WORDS[match[0]], names=_WORDS),
+    replace(_SAME_CAPITALS, lambda match: " ".join(match[0]), "AAA", names=["www"]),
+    replace(_WORD, lambda match: _split_humps(match[0]), "aA AAa"),
+)
+"""Acronyms by letter and words written in humps: `HTTPServer` → `H T T P Server`, `GPUs` → `g p u's`."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .characters import CURRENCY_SIGNS
-from .rules import NUMBER
+from .rules import CURRENCY_SIGNS, NUMBER, replace, rules
 
 _MONEY_SIGN = f"[{re.escape(CURRENCY_SIGNS)}]"
 _TIME_RANGE = re.compile(r"(?P<left>[0-9](?::[0-9]{2}(?: ?[AaPp]m)?| ?[AaPp]m)) ?- ?(?=[0-9])")
@@ -24,29 +23,6 @@ _POWER = re.compile(r"(?<=[A-Za-z0-9)]) ?\^ ?(?P<minus>-)?(?=[A-Za-z0-9])(?P<sma
 _POWERS = {"2": " squared ", "3": " cubed "}
 
 
-def read_hyphens(text: str) -> str:
-    """Hyphens before figures: "to" in a range, "minus" after a variable, nothing after a name.
-
-    Beside an operator or an equals sign stands no range but a sum, which is left to `read_operators`.
-    """
-    text = _TIME_RANGE.sub(r"\g<left> to ", text)
-    text = _RANGE.sub(_read_range, text)
-    text = _VARIABLE_MINUS.sub(r"\g<name> minus ", text)
-    return _NAME_NUMBER.sub(" ", text)
-
-
-def read_operators(text: str) -> str:
-    """Operators between figures by name, and the sign of negative numbers."""
-    text = _MIXED_FRACTION.sub(" and ", text)
-    text = _OPERATOR.sub(_read_operator, text)
-    return _NEGATIVE.sub(" minus ", text)
-
-
-def read_powers(text: str) -> str:
-    """`x^2` → `x squared`; runs after the units, which may be squared too."""
-    return _POWER.sub(_read_power, text)
-
-
 def _read_range(match: re.Match[str]) -> str:
     sign = match["sign"] or ""  # `$5-10` is money on both sides
     return f"{match['left']} to {'' if match['right'].startswith(sign) else sign}"
@@ -60,3 +36,27 @@ def _read_power(match: re.Match[str]) -> str:
     if match["small"] and not match["minus"]:
         return _POWERS[match["small"]]
     return f" to the power of {'minus ' if match['minus'] else ''}{match['small'] or ''}"
+
+
+HYPHENS = rules(
+    replace(_TIME_RANGE, r"\g<left> to ", ("-0", "- 0")),
+    replace(_RANGE, _read_range, "0-0 0-. 0-$ a-0 a-. a-$ A-0 A-. A-$ %-0 %-. %-$"),
+    replace(_VARIABLE_MINUS, r"\g<name> minus ", "a-0"),
+    replace(_NAME_NUMBER, " ", "a-0 A-0"),
+    marks="-",
+)
+"""Hyphens before figures: "to" in a range, "minus" after a variable, nothing after a name.
+
+Beside an operator or an equals sign stands no range but a sum, which is left to `OPERATORS`.
+"""
+
+OPERATORS = rules(
+    replace(_MIXED_FRACTION, " and ", ["0 0"]),
+    replace(_OPERATOR, _read_operator, ("0*", "0 *", "0/", "0 /", "0+", "0 +", "0-", "0 -")),
+    replace(_NEGATIVE, " minus ", "-0 -."),
+    marks="0",
+)
+"""Operators between figures by name, and the sign of negative numbers."""
+
+POWERS = rules(replace(_POWER, _read_power, "^"))
+"""`x^2` → `x squared`; read after the units, which may be squared too."""

@@ -11,9 +11,7 @@ import re
 import unicodedata
 
 from .numbers import fraction
-
-CURRENCY_SIGNS = "$¢£¥€₩₪₫₱₴₦₹₺₽₿฿"
-DEGREE = "°"
+from .rules import CURRENCY_SIGNS, DEGREE
 
 _SYMBOLS = {
     **dict.fromkeys("“”„‟«»‹›″〝〞〟", '"'),
@@ -71,12 +69,15 @@ _GROUPING = re.compile("(?<=[0-9])[_\u00a0\u2009\u202f](?=[0-9]{3}(?![0-9]))")
 _MICRO = re.compile("µ|μ(?=[A-Za-z])")
 _LONE_GREEK = re.compile("(?<![\u0370-\u03ff\u1f00-\u1fff])[Α-ΖΘ-ΞΠΡΣ-Ωα-ζθ-ξπρσ-ω](?![\u0370-\u03ff\u1f00-\u1fff])")
 _CARRIAGE_RETURN = re.compile(r"\r\n?")
+_READABLE_AS_IT_IS = re.compile(r"[\n -%'-^`-~]*")  # neither an entity nor an underscore between figures
 
 logger = logging.getLogger(__name__)
 
 
 def to_readable(text: str) -> str:
     """`text` in printable ASCII, newlines, `CURRENCY_SIGNS` and `DEGREE`; every other character said, or logged."""
+    if _READABLE_AS_IT_IS.fullmatch(text):
+        return text
     text = _CARRIAGE_RETURN.sub("\n", text)
     text = _ENTITY.sub(_unescape, text)
     text = _GROUPING.sub(",", text)

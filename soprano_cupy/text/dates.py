@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from .numbers import cardinal, ordinal, two_digits, year
-from .rules import alternatives, say, words
+from .rules import alternatives, replace, rules, say, words
 
 _DAYS = {
     "Mon": "monday",
@@ -62,14 +62,6 @@ _ISO_MONTH = re.compile(rf"(?<![\w/.,-])(?P<year>[0-9]{{4}})-(?P<month>0[1-9]|1[
 _FIGURES = re.compile(r"(?<![0-9/-])([0-9]{1,2})[/-]([0-9]{1,2})[/-]([0-9]{2}(?:[0-9]{2})?)(?![0-9/-])")
 
 
-def read_dates(text: str) -> str:
-    """Short names of days and months where they are meant as such, ISO dates, and dates in figures."""
-    text = _NAME.sub(_read_name, text)
-    text = say(_ISO_DATE, _read_iso_date, text)
-    text = say(_ISO_MONTH, lambda match: f"{_month(match)} {year(match['year'])}", text)
-    return say(_FIGURES, _read_figures, text)
-
-
 def _read_name(match: re.Match[str]) -> str:
     name, stop = match.groups()
     before = match.string[max(0, match.start() - _CONTEXT) : match.start()]
@@ -102,3 +94,12 @@ def _read_figures(match: re.Match[str]) -> str:
     first, second, last = match.groups()
     last = year(last) if len(last) == 4 else two_digits(int(last))
     return f"{cardinal(first)} dash {cardinal(second)} dash {last}"
+
+
+DATES = rules(
+    replace(_NAME, _read_name, names=_NAMES),
+    say(_ISO_DATE, _read_iso_date, "0000-0 0000/0"),
+    say(_ISO_MONTH, lambda match: f"{_month(match)} {year(match['year'])}", "0000-00"),
+    say(_FIGURES, _read_figures, "0-0 0/0"),
+)
+"""Short names of days and months where they are meant as such, ISO dates, and dates in figures."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from .numbers import MAX_NAMED_DIGITS, amount, bare, cardinal, ordinal, plural, spell_digits, two_digits, year
-from .rules import DIGITS, NOT_INSIDE, NUMBER, WHOLE, say
+from .rules import DIGITS, NOT_INSIDE, NUMBER, WHOLE, replace, rules, say
 
 _TOO_LONG = rf"[0-9]{{{MAX_NAMED_DIGITS + 1},}}"
 _LONG = re.compile(rf"(?<=[0-9])\.(?P<decimals>{_TOO_LONG})|(?<![0-9]){_TOO_LONG}")
@@ -22,24 +22,6 @@ _DECIMAL = re.compile(rf"(?<![\w.])(?:{DIGITS})?{_DECIMALS}|(?<=[A-Za-z]){DIGITS
 _BARE = re.compile(DIGITS)
 
 
-def shorten_figures(text: str) -> str:
-    """Spell out runs of digits too long to be named, so that later passes meet only short ones."""
-    return say(_LONG, _read_long, text)
-
-
-def read_figures(text: str) -> str:
-    """Every digit left in `text` in words; `#5` is a number and `C#` is a note."""
-    text = _SHARP.sub(r"\1 sharp", text)
-    text = _NUMBER_SIGN.sub("number ", text)
-    text = say(_ORDINAL, lambda match: ordinal(match[1].replace(",", "")), text)
-    text = say(_DECADE, _read_decade, text)
-    text = say(_SHORT_YEAR, lambda match: two_digits(int(match[1])), text)
-    text = say(_MAGNITUDE, lambda match: f"{amount(match[1])} {_MAGNITUDES[match[2]]}", text)
-    text = say(_GROUPED, lambda match: amount(match[0]), text)
-    text = say(_DECIMAL, _read_decimal, text)
-    return say(_BARE, lambda match: bare(match[0]), text)
-
-
 def _read_long(match: re.Match[str]) -> str:
     return f" point {spell_digits(match['decimals'])}" if match["decimals"] else spell_digits(match[0])
 
@@ -52,3 +34,21 @@ def _read_decade(match: re.Match[str]) -> str:
 def _read_decimal(match: re.Match[str]) -> str:
     whole, *parts = match[0].split(".")
     return " point ".join([cardinal(whole) if whole else "", *map(spell_digits, parts)]).strip()
+
+
+LONG_FIGURES = rules(say(_LONG, _read_long, "0" * (MAX_NAMED_DIGITS + 1)))
+"""Runs of digits too long to be named, spelled out, so that later passes meet only short ones."""
+
+FIGURES = rules(
+    replace(_SHARP, r"\1 sharp", "A#"),
+    replace(_NUMBER_SIGN, "number ", ("#0", "# 0")),
+    say(_ORDINAL, lambda match: ordinal(match[1].replace(",", "")), "0a 0A"),
+    say(_DECADE, _read_decade, "0a 0'a"),
+    say(_SHORT_YEAR, lambda match: two_digits(int(match[1])), "'00"),
+    say(_MAGNITUDE, lambda match: f"{amount(match[1])} {_MAGNITUDES[match[2]]}", "0a 0A"),
+    say(_GROUPED, lambda match: amount(match[0]), "0,"),
+    say(_DECIMAL, _read_decimal, ".0"),
+    say(_BARE, lambda match: bare(match[0]), "0"),
+    marks="0#",
+)
+"""Every digit left in words; `#5` is a number and `C#` is a note."""

@@ -7,6 +7,7 @@ import re
 _LINE_MARKUP = re.compile(r"(?:(?:[-*+]|#{1,6}|>{1,8}) ){1,8}")  # bullets, headings, quoted mail
 _DRAWN_LINE = re.compile(r"[-=_*~#+<>^|\\/` ]{3,}")
 _DRAWN_RUN = re.compile(r"([-=_*~#+<>^|\\`])\1{2,}")
+_MARKUP = re.compile(r"[-=_*~#+<>^|\\`/]")  # whatever is taken off holds one of these
 _WRAP_LENGTH = 40  # a line at least this long that goes on in lower case was wrapped by an editor
 
 
@@ -27,6 +28,8 @@ def lay_out(text: str) -> str:
 
 def _clean_line(line: str) -> str:
     line = " ".join(line.split())
+    if not _MARKUP.search(line):
+        return line
     if _DRAWN_LINE.fullmatch(line):
         return ""
     line = line[match.end() :] if (match := _LINE_MARKUP.match(line)) else line

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .rules import say
+from .rules import replace, rules, say
 
 _URL = re.compile(r"(?<![A-Za-z0-9])(?P<scheme>[A-Za-z]{2,10})://(?P<rest>[^\s<>\"]{0,2000})")
 _MAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}")
@@ -26,13 +26,6 @@ _SIGNS = str.maketrans(
 )
 
 
-def read_links(text: str) -> str:
-    """URLs and mail addresses with their dots, slashes and colons in words; other signs are left to later passes."""
-    text = say(_URL, _read_url, text)
-    text = say(_MAIL, lambda match: match[0].translate(_SIGNS), text)
-    return _WWW.sub("w w w dot ", text)
-
-
 def _read_url(match: re.Match[str]) -> str:
     scheme = match["scheme"].lower()
     said = " ".join(scheme) if scheme in _SPELLED_SCHEMES else match["scheme"]
@@ -40,3 +33,11 @@ def _read_url(match: re.Match[str]) -> str:
     tail = match["rest"][len(rest) :]
     rest = _WWW.sub("w w w.", rest)
     return f"{said} colon slash slash {rest.translate(_SIGNS)}".rstrip() + tail
+
+
+LINKS = rules(
+    say(_URL, _read_url, "://"),
+    say(_MAIL, lambda match: match[0].translate(_SIGNS), "@"),
+    replace(_WWW, "w w w dot ", ".a .A .0"),
+)
+"""URLs and mail addresses with their dots, slashes and colons in words; other signs are left to later passes."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from .characters import CURRENCY_SIGNS
 from .numbers import amount, cardinal
-from .rules import DIGITS, NOT_INSIDE, WHOLE, alternatives, say
+from .rules import CURRENCY_SIGNS, DIGITS, NOT_INSIDE, WHOLE, alternatives, rules, say
 
 
 class Currency(NamedTuple):
@@ -76,17 +75,6 @@ _SIGN_FIRST = re.compile(
 _SIGN_LAST = re.compile(rf"{NOT_INSIDE}{_AMOUNT}{_MAGNITUDE} ?(?P<currency>{alternatives(_ALL)})(?![A-Za-z0-9]){_PER}")
 
 
-def read_money(text: str) -> str:
-    """`£3.50` → `three pounds, fifty pence`; `$1.5 million` → `one point five million dollars`."""
-    text = say(_SIGN_FIRST, _read_signed, text)
-    return say(_SIGN_LAST, _read, text)
-
-
-def read_lone_signs(text: str) -> str:
-    """Currency signs that stand by no amount, by name."""
-    return text.translate(_LONE_SIGNS)
-
-
 def _read_signed(match: re.Match[str]) -> str:
     return ("minus " if match["minus"] or match["minus_after"] else "") + _read(match)
 
@@ -114,4 +102,12 @@ def _coins(whole: str, decimals: str, currency: Currency) -> str:
     return ", ".join(said)
 
 
-_LONE_SIGNS = {ord(sign): f" {SIGNS[sign].many if sign != '$' else 'dollar'} " for sign in CURRENCY_SIGNS}
+LONE_SIGNS = {sign: f" {SIGNS[sign].many if sign != '$' else 'dollar'} " for sign in CURRENCY_SIGNS}
+"""What signs are called that stand by no amount."""
+
+MONEY = rules(
+    say(_SIGN_FIRST, _read_signed, "$", names=_CODES),
+    say(_SIGN_LAST, _read, "$", names=_CODES),
+    marks="0",
+)
+"""`£3.50` → `three pounds, fifty pence`; `$1.5 million` → `one point five million dollars`."""

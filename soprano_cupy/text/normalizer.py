@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from ..errors import ParameterError
-from .abbreviations import expand_abbreviations, split_capitals
-from .arithmetic import read_hyphens, read_operators, read_powers
+from .abbreviations import CAPITALS, SHORT_FORMS
+from .arithmetic import HYPHENS, OPERATORS, POWERS
 from .characters import to_readable
-from .dates import read_dates
-from .figures import read_figures, shorten_figures
+from .dates import DATES
+from .figures import FIGURES, LONG_FIGURES
 from .layout import lay_out
-from .links import read_links
-from .money import read_money
-from .phones import read_phones
-from .punctuation import read_dots, read_signs, tidy
-from .times import read_times
-from .units import read_units
+from .links import LINKS
+from .money import MONEY
+from .phones import PHONES
+from .punctuation import DOTS, MARKS, TIDY
+from .rules import Rewriter
+from .times import TIMES
+from .units import UNITS
 
-PASSES: tuple[Callable[[str], str], ...] = (
-    to_readable,  # any script → ASCII, newlines, currency signs and degrees
-    lay_out,  # lines and paragraphs → sentences with stops
-    shorten_figures,  # from here on no run of digits is longer than 36
-    read_links,
-    read_dates,  # before short forms and figures: a month is known by the figure beside it
-    expand_abbreviations,
-    read_phones,
-    read_hyphens,  # before times, money and units, which may stand on either side of a range or an operator
-    read_operators,
-    read_times,
-    read_money,
-    read_units,
-    read_powers,
-    read_figures,  # from here on there are no digits
-    read_dots,
-    split_capitals,
-    read_signs,
-    tidy,
+PASSES = (
+    LONG_FIGURES,  # from here on no run of digits is longer than 36
+    LINKS,
+    DATES,  # before short forms and figures: a month is known by the figure beside it
+    SHORT_FORMS,
+    PHONES,
+    HYPHENS,  # before times, money and units, which may stand on either side of a range or an operator
+    OPERATORS,
+    TIMES,
+    MONEY,
+    UNITS,
+    POWERS,
+    FIGURES,  # from here on there are no digits
+    DOTS,
+    CAPITALS,
+    MARKS,
+    TIDY,
 )
+_rewrite = Rewriter(PASSES)
 
 
 def normalize(text: str) -> str:
@@ -48,6 +46,5 @@ def normalize(text: str) -> str:
     """
     if not isinstance(text, str):
         raise ParameterError(f"text must be a string, not {type(text).__name__}; decode bytes first")
-    for run in PASSES:
-        text = run(text)
-    return text
+    lines = lay_out(to_readable(text))  # any script → ASCII and few signs more, lines and paragraphs → sentences
+    return _rewrite(lines)

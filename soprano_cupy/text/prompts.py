@@ -5,8 +5,6 @@ from __future__ import annotations
 from .normalizer import normalize
 from .sentences import MAX_LENGTH, merge_short, split_sentences
 
-PROMPT = "[STOP][TEXT]{}[START]"
-
 
 def build_prompts(text: str, max_length: int = MAX_LENGTH) -> list[str]:
     """`"[STOP][TEXT]{sentence}[START]"` for every piece of `text`, in order; an empty list when nothing can be spoken.
@@ -15,4 +13,4 @@ def build_prompts(text: str, max_length: int = MAX_LENGTH) -> list[str]:
     Raises `ParameterError` when `text` is not a string or `max_length` is too small.
     """
     sentences = split_sentences(normalize(text), max_length)
-    return [PROMPT.format(piece) for piece in merge_short(sentences, max_length=max_length)]
+    return [f"[STOP][TEXT]{piece}[START]" for piece in merge_short(sentences, max_length=max_length)]

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import re
 
-from .money import read_lone_signs
+from .money import LONE_SIGNS
+from .rules import replace, rule, rules
+
+# Patterns begin with a sign where they can, even those that look back at what stands before it: the search for
+# a sign is many times faster than trying a pattern at every character.
 
 ALPHABET = frozenset("abcdefghijklmnopqrstuvwxyz ',.!?-")
 """The characters of normalised text: each stands in the vocabulary of every published tokenizer."""
 
-_PLURAL_IN_BRACKETS = re.compile(r"(?<=[A-Za-z])\((e?s)\)")
+_PLURAL_IN_BRACKETS = re.compile(r"\((?<=[A-Za-z]\()(e?s)\)")
 _CLOSING_BEFORE_STOP = re.compile(r"[)\]}](?=[.!?,\n]|$)")
-_DOT_IN_WORD = re.compile(r"(?<=[A-Za-z])\.(?=[A-Za-z])")
-_DOT_SENTENCE = re.compile(r"(?<=[a-z]{2})\.(?=[A-Z][a-z])")
-_DOT_FIRST = re.compile(r"(?<![\w.!?,;:)\]}'])\.(?=[a-z]|[A-Z]{2})")
-_COLON_IN_PATH = re.compile(r"(?<=[A-Za-z]):(?=[\\/])")
+_DOT_IN_WORD = re.compile(r"\.(?<=[A-Za-z]\.)(?=[A-Za-z])")
+_DOT_SENTENCE = re.compile(r"\.(?<=[a-z]{2}\.)(?=[A-Z][a-z])")
+_DOT_FIRST = re.compile(r"\.(?<![\w.!?,;:)\]}']\.)(?=[a-z]|[A-Z]{2})")
+_COLON_IN_PATH = re.compile(r":(?<=[A-Za-z]:)(?=[\\/])")
 _HASHTAG = re.compile(r"#(?=[A-Za-z])")
 _DASH = re.compile(r"(?<=\S) -{1,2} (?=\S)|(?<=\w)--(?=\w)|(?<=\w)--(?= )")
-_QUOTE_IN_WORD = re.compile(r"(?<=\w)\"(?=\w)")
+_QUOTE_IN_WORD = re.compile(r"\"(?<=\w\")(?=\w)")
 
-_SIGNS = (  # longer signs first
+_PAIRS = (  # in their order: what of `=>=` is a pair depends on it
     ("<=", " less than or equal to "),
     (">=", " greater than or equal to "),
     ("!=", " not equal to "),
@@ -30,71 +34,46 @@ _SIGNS = (  # longer signs first
     ("::", " "),
     ("~/", " tilde slash "),
     ("&&", " and "),
-    ("<", " less than "),
-    (">", " greater than "),
-    ("=", " equals "),
-    ("@", " at "),
-    ("&", " and "),
-    ("%", " percent "),
-    ("+", " plus "),
-    ("\\", " backslash "),
-    ("/", " slash "),
-    ("~", " about "),
-    ("#", " hash "),
-    ("^", " caret "),
-    ("°", " degrees "),
-    (":", "."),
-    (";", ","),
-    ("|", ","),
-    ("_", " "),
-    ("*", " "),
-    ("`", ""),
-    ('"', ""),
-    ("(", ", "),
-    ("[", ", "),
-    ("{", ", "),
-    (")", ", "),
-    ("]", ", "),
-    ("}", ", "),
 )
+_SIGNS = {
+    "<": " less than ",
+    ">": " greater than ",
+    "=": " equals ",
+    "@": " at ",
+    "&": " and ",
+    "%": " percent ",
+    "+": " plus ",
+    "\\": " backslash ",
+    "/": " slash ",
+    "~": " about ",
+    "#": " hash ",
+    "^": " caret ",
+    "°": " degrees ",
+    ":": ".",
+    ";": ",",
+    "|": ",",
+    "_": " ",
+    "*": " ",
+    "`": "",
+    '"': "",
+    "(": ", ",
+    "[": ", ",
+    "{": ", ",
+    ")": ", ",
+    "]": ", ",
+    "}": ", ",
+    **LONE_SIGNS,
+}
 
-_LOOSE_HYPHEN = re.compile(r"(?<![a-z])-|-(?![a-z])")
-_LOOSE_APOSTROPHE = re.compile(r"(?<![a-z])'(?![a-z])")
+_SIGN = re.compile(f"[{re.escape(''.join(_SIGNS))}]")
+
+_LOOSE_HYPHEN = re.compile(r"-(?:(?<![a-z]-)|(?![a-z]))")
+_LOOSE_APOSTROPHE = re.compile(r"'(?<![a-z]')(?![a-z])")
 _SPACE_BEFORE_STOP = re.compile(r" (?=[.,!?])")
-_STOP_RUN = re.compile(r"[.,!?]+")
-_STOP_IN_WORD = re.compile(r"(?<=[.,!?])(?=[a-z'])")
-_REPEATED = re.compile(r"(?<![a-z])[xvlcdm]{0,8}iii(?![a-z])|([a-z])\1{2,}")  # Roman numerals keep their three
-
-
-def read_dots(text: str) -> str:
-    """Dots inside words: "dot" in names of files and sites, a stop where a space was forgotten."""
-    text = _DOT_SENTENCE.sub(". ", text)
-    text = _DOT_IN_WORD.sub(" dot ", text)
-    return _DOT_FIRST.sub("dot ", text)
-
-
-def read_signs(text: str) -> str:
-    """Signs in words, dashes and brackets as pauses; what is left are letters, spaces, newlines and `',.!?-`."""
-    text = _PLURAL_IN_BRACKETS.sub(r"\1", text)
-    text = _COLON_IN_PATH.sub(" colon ", text)
-    text = _HASHTAG.sub(" hashtag ", text)
-    text = _DASH.sub(", ", text)
-    text = _CLOSING_BEFORE_STOP.sub("", text)
-    text = _QUOTE_IN_WORD.sub(" ", text)
-    for sign, said in _SIGNS:
-        text = text.replace(sign, said)
-    return read_lone_signs(text)
-
-
-def tidy(text: str) -> str:
-    """Lower case, single spaces, one mark of punctuation at a time and no letter more than twice in a row."""
-    text = _LOOSE_HYPHEN.sub(" ", text.lower())
-    text = _LOOSE_APOSTROPHE.sub("", text)
-    text = " ".join(text.split())
-    text = _SPACE_BEFORE_STOP.sub("", text)
-    text = _STOP_RUN.sub(lambda match: _strongest(match[0]), text)
-    text = _STOP_IN_WORD.sub(" ", text)
-    return _REPEATED.sub(lambda match: 2 * match[1] if match[1] else match[0], text)
+_STOP_RUN = re.compile(r"[.,!?][.,!?]+")
+_STOP_IN_WORD = re.compile(r"[.,!?](?=[a-z'])")
+_REPEATED = re.compile(r"(?<![a-z])[xvlcdm]{0,8}iii(?![a-z])|([a-z])\1{2,}")
+_TRIPLE = re.compile(r"([a-z])\1\1")
 
 
 def _strongest(stops: str) -> str:
@@ -103,3 +82,52 @@ def _strongest(stops: str) -> str:
         if mark in stops:
             return mark
     return ","
+
+
+def _read_pairs(text: str) -> str:
+    for pair, said in _PAIRS:
+        text = text.replace(pair, said)
+    return text
+
+
+def _single_spaces(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _shorten_repeats(text: str) -> str:
+    """No letter more than twice in a row; Roman numerals keep their three."""
+    if not _TRIPLE.search(text):
+        return text
+    return _REPEATED.sub(lambda match: 2 * match[1] if match[1] else match[0], text)
+
+
+DOTS = rules(
+    replace(_DOT_SENTENCE, ". ", "aa.Aa"),
+    replace(_DOT_IN_WORD, " dot ", ".a .A"),
+    replace(_DOT_FIRST, "dot ", ".a .AA"),
+)
+"""Dots inside words: "dot" in names of files and sites, a stop where a space was forgotten."""
+
+MARKS = rules(
+    replace(_PLURAL_IN_BRACKETS, r"\1", "(a"),
+    replace(_COLON_IN_PATH, " colon ", ":/ :\\"),
+    replace(_HASHTAG, " hashtag ", "#a #A"),
+    replace(_DASH, ", ", (" - ", "--")),
+    replace(_CLOSING_BEFORE_STOP, "", ") ] }"),
+    replace(_QUOTE_IN_WORD, " ", '"'),
+    rule(_read_pairs, "= > ~~ ~/ :: &&"),
+    replace(_SIGN, lambda match: _SIGNS[match[0]]),
+)
+"""Signs in words, dashes and brackets as pauses; what is left are letters, spaces, newlines and `',.!?-`."""
+
+TIDY = rules(
+    rule(str.lower),
+    replace(_LOOSE_HYPHEN, " ", "-"),
+    replace(_LOOSE_APOSTROPHE, "", "'"),
+    rule(_single_spaces),
+    replace(_SPACE_BEFORE_STOP, "", (" .", " ,", " !", " ?")),
+    replace(_STOP_RUN, lambda match: _strongest(match[0])),
+    replace(_STOP_IN_WORD, lambda match: f"{match[0]} "),
+    rule(_shorten_repeats),
+)
+"""Lower case, single spaces, one mark of punctuation at a time and no letter more than twice in a row."""

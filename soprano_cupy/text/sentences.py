@@ -10,7 +10,7 @@ from ..errors import ParameterError
 MAX_LENGTH = 300  # characters; the reference's limit, well inside the model's positions
 MIN_LENGTH = 30  # characters; the model speaks shorter pieces badly
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s")
+_SENTENCE_END = re.compile(r"\s(?<=[.!?]\s)")
 _WORD = re.compile(r"[^\W_]")
 
 
@@ -25,8 +25,10 @@ def split_sentences(clean: str, max_length: int = MAX_LENGTH) -> list[str]:
         raise ParameterError(f"text must be a string, not {type(clean).__name__}; decode bytes first")
     if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < MIN_LENGTH:
         raise ParameterError(f"max_length = {max_length!r} must be a whole number of characters, at least {MIN_LENGTH}")
-    sentences = (" ".join(sentence.split()) for sentence in _SENTENCE_END.split(clean))
-    pieces = (piece for sentence in sentences for piece in _cut(sentence, max_length))
+    pieces: list[str] = []
+    for raw in _SENTENCE_END.split(clean):
+        sentence = " ".join(raw.split())
+        pieces += (sentence,) if len(sentence) <= max_length else _cut(sentence, max_length)
     return [piece for piece in pieces if _WORD.search(piece)]
 
 

@@ -5,22 +5,13 @@ from __future__ import annotations
 import re
 
 from .numbers import amount, cardinal, spell_digits, two_digits
-from .rules import say
+from .rules import rules, say
 
 _TIME = re.compile(
     r"(?<![0-9:])(?<![0-9][.,])(?P<hours>[0-9]{1,3}):(?P<minutes>[0-5][0-9])"
     r"(?::(?P<seconds>[0-5][0-9]))?(?P<decimals>\.[0-9]{1,9})?(?![0-9:])"
 )
 _RATIO = re.compile(r"(?<![0-9:])(?<![0-9][.,])([0-9]{1,9}):([0-9]{1,9})(?![0-9:])")
-
-
-def read_times(text: str) -> str:
-    """`8:05` (eight oh five), `13:00` (thirteen hundred), `1:30:00` (one hour, thirty minutes), `16:9` (to).
-
-    Minutes and seconds run to 59; colons between other numbers make a ratio.
-    """
-    text = say(_TIME, _read_time, text)
-    return say(_RATIO, lambda match: f"{cardinal(match[1])} to {cardinal(match[2])}", text)
 
 
 def _read_time(match: re.Match[str]) -> str:
@@ -42,3 +33,14 @@ def _duration(hours: str, minutes: str, seconds: str) -> str:
     parts = ((hours, "hour"), (minutes, "minute"), (seconds, "second"))
     said = [f"{amount(value)} {unit}{'' if amount(value) == 'one' else 's'}" for value, unit in parts if float(value)]
     return ", ".join(said) or "zero seconds"
+
+
+TIMES = rules(
+    say(_TIME, _read_time, "0:00"),
+    say(_RATIO, lambda match: f"{cardinal(match[1])} to {cardinal(match[2])}", "0:0"),
+    marks=":",
+)
+"""`8:05` (eight oh five), `13:00` (thirteen hundred), `1:30:00` (one hour, thirty minutes), `16:9` (to).
+
+Minutes and seconds run to 59; colons between other numbers make a ratio.
+"""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 
-from .characters import DEGREE
 from .numbers import amount, cardinal
-from .rules import NOT_INSIDE, NUMBER, alternatives, say
+from .rules import DEGREE, NOT_INSIDE, NUMBER, alternatives, rules, say
 
 _METRIC = {"m": "meter", "g": "gram", "L": "liter", "l": "liter", "W": "watt", "Wh": "watt hour", "V": "volt"}
 _PREFIXES = {"k": "kilo", "c": "centi", "m": "milli", "micro": "micro", "n": "nano", "": ""}
@@ -78,18 +77,13 @@ _PER = {
     "yr": "year",
 }
 
-_SYMBOLS = alternatives({*_PLURAL_AS_SINGULAR, *_UNITS, *_IRREGULAR})
+_SYMBOLS = (*_PLURAL_AS_SINGULAR, *_UNITS, *_IRREGULAR)
 _MEASURE = re.compile(
-    rf"{NOT_INSIDE}(?P<number>{NUMBER})(?P<space> ?)(?P<unit>{_SYMBOLS})(?:\^(?P<power>[23]))?(?![A-Za-z0-9^])"
+    rf"{NOT_INSIDE}(?P<number>{NUMBER})(?P<space> ?)(?P<unit>{alternatives(_SYMBOLS)})"
+    rf"(?:\^(?P<power>[23]))?(?![A-Za-z0-9^])"
     rf"(?P<dot>\.(?= [a-z0-9]|,))?(?:/(?P<per>[A-Za-z]{{1,12}})(?![A-Za-z0-9]))?"
 )
 _HEIGHT = re.compile(r"(?<![\w.'])([0-9]{1,2})' ?([0-9]{1,2})(?:\"|'')")
-
-
-def read_units(text: str) -> str:
-    """Amounts with their units in words; `text` may hold `DEGREE` signs and powers written with `^`."""
-    text = say(_HEIGHT, _read_height, text)
-    return say(_MEASURE, _read_measure, text)
 
 
 def _read_height(match: re.Match[str]) -> str:
@@ -114,3 +108,11 @@ def _name(unit: str, *, one: bool) -> str:
         return _IRREGULAR[unit][0 if one else 1]
     head, per, tail = _UNITS[unit].partition(" per ")
     return f"{head}{'' if one else 's'}{per}{tail}"
+
+
+UNITS = rules(
+    say(_HEIGHT, _read_height, ("0'0", "0' 0")),
+    say(_MEASURE, _read_measure, (f"0{DEGREE}", f"0 {DEGREE}"), names=_SYMBOLS),
+    marks="0",
+)
+"""Amounts with their units in words; the text may hold `DEGREE` signs and powers written with `^`."""
