@@ -18,6 +18,7 @@ from . import settings
 from .audio import check_writable, make_folder, write_wav
 from .checkpoint import resolve_model
 from .config import TOKEN_SAMPLES, ModelConfig, read_json
+from .crowd.crowd import Crowd
 from .crowd.job import Wish
 from .crowd.plan import CrowdPlan, open_crowd
 from .device import resolve_device
@@ -32,7 +33,7 @@ from .tokenizer import Tokenizer
 from .vocos import VocosDecoder
 
 if TYPE_CHECKING:
-    from .crowd.crowd import Crowd
+    from .crowd.processes import ProcessCrowd
     from .crowd.speech import Speech
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class SopranoTTS:
         self.engine = Engine(language_model.runner, decoder.runner)
         self._max_text_length = max_text_length(folder, language_model.config)
         self.timings = Timings()
-        self._crowd: Crowd | None = None
+        self._crowd: Crowd | ProcessCrowd | None = None
         self._crowd_lock, self._closed = threading.Lock(), False
 
     def infer(
@@ -207,7 +208,10 @@ class SopranoTTS:
         """
         params = SamplingParams(temperature, top_p, repetition_penalty, seed=seed).seeded()
         wish = Wish(bool(stream), _is_pcm(dtype), _check_retries(retries), _check_deadline(deadline_s))
-        return self._opened().submit(self._requests(text, params), wish)
+        crowd = self._opened()
+        if isinstance(crowd, Crowd):
+            return crowd.submit(self._requests(text, params), wish)
+        return crowd.submit_text(text, params, wish)  # which prepares it where it is spoken
 
     def close(self, drain_s: float = 0.0) -> None:
         """Stop what was submitted, after waiting up to `drain_s` seconds for it; nothing can be submitted any more."""
@@ -223,7 +227,7 @@ class SopranoTTS:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _opened(self) -> Crowd:
+    def _opened(self) -> Crowd | ProcessCrowd:
         """What speaks submitted texts; its threads live until `close`, or until nobody has this object any more."""
         with self._crowd_lock:
             if self._closed:

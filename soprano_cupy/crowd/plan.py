@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..device import resolve_device
 from ..engine import Engine
@@ -16,6 +17,13 @@ from .crowd import Crowd, Maker
 from .device import Device
 from .runner_device import RunnerDevice
 
+if TYPE_CHECKING:
+    from .processes import ProcessCrowd
+    from .processes_station import Post
+
+logger = logging.getLogger(__name__)
+
+OPENER = "soprano_cupy.crowd.processes_worker:SopranoVoice"
 MOST_BATCH = 2048  # sentences at once on one device
 SPARE_TOKENS = 16  # of a prompt beside its characters: the marks around them
 
@@ -41,13 +49,17 @@ class CrowdPlan:
             raise ParameterError(f"devices = {self.devices!r} must be a list such as ['cuda:0', 'cuda:1']")
 
 
-def open_crowd(plan: CrowdPlan, engine: Engine, max_text_length: int) -> Crowd:
-    """A crowd on the engine's device, or on all of `plan.devices`, for texts cut to so many characters."""
-    names = [engine.language_model.device]
-    if plan.devices is not None:
-        names = [resolve_device(name)[0] for name in plan.devices]
-        if len(set(names)) < len(names):
-            raise ParameterError(f"devices = {list(plan.devices)!r} names the same device twice")
+def open_crowd(plan: CrowdPlan, engine: Engine, max_text_length: int) -> Crowd | ProcessCrowd:
+    """A crowd on the engine's device, or on all of `plan.devices`, for texts cut to so many characters.
+
+    Several GPUs get a process each.
+    """
+    names = device_names(plan, engine.language_model.device)
+    if wants_processes(names):
+        from .processes import ProcessCrowd
+
+        logger.info("%s: a process for each", ", ".join(names))
+        return ProcessCrowd([post(plan, name) for name in names], max_queue=plan.max_queue)
 
     def maker(name: str) -> Maker:
         loaded: list[Engine] = [engine] if name == engine.language_model.device else []
@@ -60,6 +72,32 @@ def open_crowd(plan: CrowdPlan, engine: Engine, max_text_length: int) -> Crowd:
         return make
 
     return Crowd([maker(name) for name in names], max_queue=plan.max_queue)
+
+
+def device_names(plan: CrowdPlan, own: str) -> list[str]:
+    """The devices that are to share the work: `plan.devices`, or the engine's own."""
+    if plan.devices is None:
+        return [own]
+    names = [resolve_device(name)[0] for name in plan.devices]
+    if len(set(names)) < len(names):
+        raise ParameterError(f"devices = {list(plan.devices)!r} names the same device twice")
+    return names
+
+
+def wants_processes(names: Sequence[str]) -> bool:
+    """Whether these devices get a process each: one Python process keeps one GPU busy at best."""
+    return sum(name.startswith("cuda:") for name in names) > 1
+
+
+def post(plan: CrowdPlan, name: str) -> Post:
+    """What a process on one device opens."""
+    from .processes_station import Post
+
+    options = {
+        "model": plan.folder, "device": name, "attention": plan.attention, "dtype": plan.dtype,
+        "max_batch": plan.max_batch, "max_memory": plan.max_memory, "max_queue": 1 << 30, "invariant": plan.invariant,
+    }  # fmt: skip
+    return Post(name, OPENER, options)
 
 
 def make_device(engine: Engine, plan: CrowdPlan, most_prompt: int) -> Device:

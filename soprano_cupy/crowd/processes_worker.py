@@ -1,0 +1,282 @@
+"""A device's process: an ordinary crowd on one device, with texts prepared here, behind a channel and a ring.
+
+Three things go on beside the crowd's own threads: the main thread prepares texts and submits them; another exchanges
+messages and copies samples into the ring; and the process ends when the other end of the channel does, come what may.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import DeadlineExceeded, DeviceError
+from ..generation import Request
+from ..sampling import SamplingParams
+from . import processes_messages as say
+from .crowd import Crowd
+from .driver import NOT_FINITE
+from .processes_channel import Channel
+from .processes_ring import RingWriter
+
+SWITCH_S = 0.0005  # a crowd's thread and the preparing of texts take turns
+LOOK_S = 0.005  # from one look at what waits to the next
+LIFE_S = 5.0  # from one sign of life to the next
+END_S = 8.0  # that closing may take
+LARGEST_PIECE = 4  # a piece is at most one of so many parts of the ring
+
+
+class Voice(Protocol):
+    """What speaks here."""
+
+    crowd: Crowd
+
+    def prepare(self, text: str, params: SamplingParams) -> list[Request]:
+        """A text's sentences, as the crowd takes them."""
+
+
+class SopranoVoice:
+    """`SopranoTTS` on one device."""
+
+    def __init__(self, **options: Any) -> None:
+        from ..pipeline import SopranoTTS
+
+        tts = SopranoTTS(**options)
+        crowd = tts._opened()
+        assert isinstance(crowd, Crowd)
+        self.crowd = crowd
+        self.prepare = tts._requests
+
+
+class Relay:
+    """A request here, in the place of a `Speech`: hands on what it is given."""
+
+    __slots__ = ("_channel", "_over", "cancelled", "first_audio_s", "wanted")
+
+    def __init__(
+        self, channel: AudioChannel, wanted: say.Speak, over: Callable[[int, BaseException | None], bool]
+    ) -> None:
+        self.wanted, self.cancelled = wanted, False
+        self.first_audio_s: float | None = None
+        self._channel, self._over = channel, over
+
+    def add_chunk(self, samples: np.ndarray) -> None:
+        self._channel.post((self.wanted.number, samples))
+
+    def settle(self, error: BaseException | None) -> None:
+        if self.cancelled:
+            return
+        if not self._over(self.wanted.number, error):
+            self._channel.wake()
+            return
+        ended = say.Ended(self.wanted.number, None, False)
+        if error is not None:
+            cause = error.__cause__  # of those that tell of a failed device
+            of_device = isinstance(error, DeviceError) and cause is not None and not _not_finite(cause)
+            ended = say.Ended(self.wanted.number, say.packed(error), of_device)
+        self._channel.post(ended)
+
+
+class AudioChannel(Channel):
+    """A channel whose samples travel through the ring; what finds no room there waits, and all behind it."""
+
+    def __init__(self, connection: socket.socket, ring: RingWriter) -> None:
+        super().__init__(connection)
+        self._ring, self._full = ring, False
+
+    @property
+    def pending(self) -> bool:
+        return bool(self._posted) and not self._full
+
+    def freed(self, place: int) -> None:
+        """Everything in the ring before this place has been read."""
+        self._ring.freed(place)
+        self._full = False
+
+    def take(self) -> list[Any]:
+        taken: list[Any] = []
+        posted = self._posted
+        while posted:
+            message = posted[0]
+            if type(message) is tuple:  # samples
+                number, samples = message
+                most = self._ring.size // LARGEST_PIECE // samples.itemsize
+                place = self._ring.put(samples[:most])
+                if place is None:
+                    self._full = True
+                    break
+                taken.append(say.Sound(number, place, min(len(samples), most), samples.dtype.str))
+                if len(samples) > most:
+                    posted[0] = (number, samples[most:])
+                    continue
+            else:
+                taken.append(message)
+            posted.popleft()
+        return taken
+
+
+class Service:
+    """The process's own state, and its two threads."""
+
+    def __init__(self, connection: socket.socket, ring: RingWriter) -> None:
+        self._channel = AudioChannel(connection, ring)
+        self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()  # for the main thread
+        self._relays: dict[int, Relay] = {}
+        self._crowd: Crowd | None = None
+        self._entering: Relay | None = None
+        self._received = self._prepared = 0  # requests, counted by a thread each
+        self._told, self._told_at = say.State(0, 0), 0.0
+        self._failed = False
+        self._parent = os.getppid()
+
+    # -- the main thread ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Open the voice and submit what comes; does not return."""
+        threading.Thread(target=self._exchange_for_ever, name="soprano-channel", daemon=True).start()
+        try:
+            voice = self._open(self._orders.get())
+        except Exception as error:
+            self._fail(error)
+            threading.Event().wait()  # until the other end has heard it, and closes the channel
+        while True:
+            relay = self._orders.get()
+            if not relay.cancelled:
+                self._submit(voice, relay)
+            self._prepared += 1
+
+    def _open(self, setup: say.Setup) -> Voice:
+        _log_to(self._channel, setup.log_level)
+        module, _, name = setup.opener.partition(":")
+        voice: Voice = getattr(importlib.import_module(module), name)(**setup.options)
+        crowd, device = voice.crowd, voice.crowd.devices[0]
+        crowd.scheduler.new_speech = lambda *_: self._entering
+        self._crowd = crowd
+        nbytes = int(getattr(device, "nbytes", 0))
+        self._channel.post(say.Ready(device.name, device.slots, device.most_prompt, nbytes, os.getpid()))
+        return voice
+
+    def _submit(self, voice: Voice, relay: Relay) -> None:
+        wanted = relay.wanted
+        try:
+            deadline_s = wanted.wish.deadline_s
+            if deadline_s is not None and time.monotonic() > wanted.submitted + deadline_s:
+                raise DeadlineExceeded(f"not spoken within {deadline_s:g} s (deadline)")
+            what = wanted.what
+            requests = what if isinstance(what, list) else voice.prepare(what, wanted.params or SamplingParams())
+            self._entering = relay
+            voice.crowd.submit(requests, wanted.wish, wanted.submitted)
+        except Exception as error:
+            relay.settle(error)
+        if relay.cancelled:
+            voice.crowd.scheduler.cancelled(relay)  # type: ignore[arg-type]
+
+    # -- the channel's thread -----------------------------------------------------------------------------------------
+
+    def _exchange_for_ever(self) -> None:
+        """Exchange messages until there is nobody to exchange them with, and end the process."""
+        try:
+            while os.getppid() == self._parent:
+                self._tell_state()
+                for message in self._channel.exchange(LOOK_S if self._told.waiting else LIFE_S):
+                    self._handle(message)
+                if self._crowd is not None and isinstance(refusal := self._crowd.scheduler.refusal, DeviceError):
+                    self._fail(refusal)
+            self._end()
+        except EOFError:
+            self._end()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    def _handle(self, message: Any) -> None:
+        if isinstance(message, say.Speak):
+            relay = self._relays[message.number] = Relay(self._channel, message, self._over)
+            self._received += 1
+            self._orders.put(relay)
+        elif isinstance(message, say.Freed):
+            self._channel.freed(message.place)
+        elif isinstance(message, say.Cancel):
+            cancelled = self._relays.pop(message.number, None)
+            if cancelled is not None:
+                cancelled.cancelled = True
+                if self._crowd is not None:
+                    self._crowd.scheduler.cancelled(cancelled)  # type: ignore[arg-type]
+        elif isinstance(message, say.Setup):
+            self._orders.put(message)
+        else:
+            self._end()
+
+    def _over(self, number: int, error: BaseException | None) -> bool:
+        """A request has ended; whether that is to be told, as it is not where the device is lost with all of them."""
+        self._relays.pop(number, None)
+        refusal = None if self._crowd is None else self._crowd.scheduler.refusal
+        return not (isinstance(error, DeviceError) and isinstance(refusal, DeviceError))
+
+    def _tell_state(self) -> None:
+        """What waits, where that has changed; and from time to time a sign of life."""
+        waiting = self._received - self._prepared
+        if self._crowd is not None:
+            waiting += self._crowd.scheduler.waiting_requests
+        state, now = say.State(self._received, waiting), time.monotonic()
+        if state != self._told or now - self._told_at >= LIFE_S:
+            self._told, self._told_at = state, now
+            self._channel.post(state)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed:
+            self._failed = True
+            self._channel.post(say.Failed(say.packed(error)))
+
+    def _end(self) -> None:
+        """Close the crowd and end the process, whatever hangs."""
+        alarm = threading.Timer(END_S, os._exit, (1,))
+        alarm.daemon = True
+        alarm.start()
+        if self._crowd is not None:
+            with contextlib.suppress(Exception):
+                self._crowd.close()
+        os._exit(0)
+
+
+def _not_finite(error: BaseException) -> bool:
+    return str(error) == NOT_FINITE
+
+
+class _LogHandler(logging.Handler):
+    """Hands on what the package logs."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._channel.post(say.Log(record.levelno, record.name, record.getMessage()))
+
+
+def _log_to(channel: Channel, level: int) -> None:
+    logger = logging.getLogger("soprano_cupy")
+    logger.handlers, logger.propagate = [_LogHandler(channel)], False
+    logger.setLevel(level)
+
+
+def main() -> None:
+    """The process: open files of the channel and of the ring, and the ring's size, are its arguments."""
+    connection, ring, size = (int(word) for word in sys.argv[1:4])
+    sys.setswitchinterval(SWITCH_S)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever is interrupted ends this too
+    writer = RingWriter(ring, size)
+    os.close(ring)
+    Service(socket.socket(fileno=connection), writer).run()

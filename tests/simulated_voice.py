@@ -1,0 +1,48 @@
+"""What processes open in tests: a crowd on a simulated device in real time, whose texts say what is wanted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from simulated_device import Clock, Faults, SimulatedDevice, sentence
+
+from soprano_cupy.crowd.crowd import Crowd
+from soprano_cupy.errors import DeviceError, TextError
+from soprano_cupy.generation import Request
+from soprano_cupy.sampling import SamplingParams
+
+
+class RealTime(SimulatedDevice):
+    """Steps take no time by themselves; virtual time goes on with each turn."""
+
+    def report(self):  # type: ignore[no-untyped-def]
+        self.clock.now += 0.0005
+        time.sleep(0.0001)
+        return super().report()
+
+
+class Voice:
+    """Texts are "job sentences tokens"; or orders to the process: "die", "stop", "nothing", "a bug"."""
+
+    def __init__(self, slots: int = 8, failing_steps: int = 0, fail: str = "", slow_s: float = 0.0) -> None:
+        if fail == "once":
+            raise DeviceError("the device has fallen off")
+        time.sleep(slow_s)
+        steps: dict[int, Any] = {20 * i: DeviceError("launch failed") for i in range(1, failing_steps + 1)}
+        faults = Faults(steps=steps, poisoned={7: 99})
+        self.crowd = Crowd([lambda: RealTime(slots, Clock(), faults)])
+
+    def prepare(self, text: str, params: SamplingParams) -> list[Request]:
+        if text == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if text == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if text == "nothing":
+            raise TextError("nothing to speak")
+        if text == "a bug":
+            raise IndexError("a bug")
+        job, sentences, tokens = (int(word) for word in text.split())
+        return [sentence(job, i, tokens) for i in range(sentences)]
