@@ -129,10 +129,11 @@ def run_candidate(
     from soprano_cupy.gpu.program import on_device
 
     s = candidate.shape
-    ring_slots = s.ring_slots(SHARED_LIMIT)
-    shared_bytes = s.shared_bytes(ring_slots)
+    shared_bytes = s.shared_bytes()
+    if shared_bytes > SHARED_LIMIT:
+        return {"name": candidate.name, "skipped": f"a block would need {shared_bytes} bytes of shared memory"}
     defines = (
-        *s.defines(ring_slots), ("DTYPE_BF16", 1), ("TRANSPORT", candidate.transport),
+        *s.defines(), ("DTYPE_BF16", 1), ("TRANSPORT", candidate.transport),
         ("WORD_BYTES", candidate.word_bytes),
         *((("PROFILE", 1),) if profile else ()), *((name, int(value)) for name, value in (m.split("=") for m in more)),
     )  # fmt: skip

@@ -10,7 +10,7 @@ constexpr int HALF_LANE = HEAD_DIM / 16;  // dimensions of a lane in each half o
 constexpr int LANE_DIMS = 2 * HALF_LANE;
 constexpr int VALUE_DIMS = OUT_DIMS / 8;   // dimensions of the values of a lane
 constexpr int LAST_DIMS = VALUE_DIMS / 4;  // that a lane ends with
-constexpr float NO_SCORE = -3.0e38f;  // below every score, and finite: differences stay numbers
+constexpr float NO_SCORE = -3.0e38f;       // below every score, and finite: differences stay numbers
 
 // N elements in 32-bit words, loaded 4, 8 or 16 bytes at a time.
 template <int N> struct Elements {

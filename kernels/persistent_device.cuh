@@ -46,6 +46,9 @@ DEVICE bool barrier_done(unsigned barrier, unsigned parity) {
 
 // ---- copies and stores that complete on a barrier ----
 
+// What this thread has written to shared memory is written before what a copy that starts later brings there.
+DEVICE void fence_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Constants that each block reads once: the second-level cache may drop them first.
 DEVICE void copy_bulk(unsigned shared_address, const void* source, unsigned bytes, unsigned barrier) {
     asm volatile(

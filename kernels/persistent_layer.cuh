@@ -39,7 +39,7 @@ struct Worker {
     int rank;
     const Tiles qkv, hidden, gated;
     const Place place;
-    Ring ring;
+    Rooms rooms;
     Exchange exchange;
     float residual = 0.0f;        // of this lane's row, in the warps that finish the residual stream
     int position = 0;             // of the new token of the voice for which this rank attends
@@ -56,7 +56,7 @@ struct Worker {
           hidden(tiles_of(HIDDEN_TILES, rank_)),
           gated(tiles_of(GATED_TILES, rank_)),
           place(rank_),
-          ring{shared, watch, {}},
+          rooms{shared, watch},
           exchange{shared, watch} {}
 
     DEVICE void sync() const { sync_named(1, TEAM); }
@@ -70,7 +70,7 @@ struct Worker {
 
     // ---- the residual stream: each of the first warps owns 32 rows of this rank, of one voice ----
 
-    static constexpr int OWN_TILES = most_of_rank(HIDDEN_TILES);
+    static constexpr int OWN_TILES = HIDDEN_MOST;
     static constexpr int OWN_PAIRS = (OWN_TILES + 1) / 2;  // of tiles
     static_assert(OWN_PAIRS * VOICES <= TEAM_WARPS, "a warp for each pair of tiles and voice");
     DEVICE int own_voice() const { return warp_index() / OWN_PAIRS; }
@@ -124,7 +124,7 @@ struct Worker {
         if (owns_row()) store_word(words + cluster * OF_CLUSTER, make_word(float_to_bits(mine), number));
         Word heard[CLUSTERS];
         const unsigned expected = number;
-        spin_until(ring.watch, 8 + which, [&] {
+        spin_until(rooms.watch, 8 + which, [&] {
             bool all = true;
 #pragma unroll
             for (int c = 0; c < CLUSTERS; ++c) {
@@ -179,7 +179,7 @@ struct Worker {
         MARK(0);
         exchange.await<EX_HIDDEN>();
         MARK(1);
-        multiply<most_of_rank(QKV_TILES), HIDDEN_STEPS>(ring, qkv.count(), exchange.at<EX_HIDDEN>(), 0);
+        multiply<ROOM_QKV, QKV_MOST, QKV_TILES / RANKS, HIDDEN_STEPS>(rooms, qkv.count(), exchange.at<EX_HIDDEN>(), 0);
         MARK(2);
         keys.begin(cache(p.keys, layer, 0), cache(p.values, layer, place.dims * OUT_DIMS), place.part,
                    active ? position : -1);
@@ -198,7 +198,7 @@ struct Worker {
         for (int i = 0; i < (VOICES + TOGETHER - 1) / TOGETHER; ++i) {
             const int voice = first_voice + i * TOGETHER;
 #pragma unroll
-            for (int first = 0; first < most_of_rank(QKV_TILES) * 4; first += 8) {
+            for (int first = 0; first < QKV_MOST * 4; first += 8) {
                 const int unit = first + lane_index() % 8;
                 if (unit >= qkv.count() * 4 || to >= RECEIVERS || voice >= VOICES) continue;
                 float4 v = row_sums(base, voice, unit * 4);
@@ -306,8 +306,8 @@ struct Worker {
 
     // The shares of a head together: this warp's part of the attended vectors, which is what its products need.
     DEVICE void merge_shares() const {
-        const int begin = ATTENDED_STEPS * warp_index() / TEAM_WARPS * TILE;
-        const int count = ATTENDED_STEPS * (warp_index() + 1) / TEAM_WARPS * TILE - begin;
+        typedef Steps<ATTENDED_STEPS> Part;
+        const int begin = Part::begin(warp_index()) * TILE, count = Part::count(warp_index()) * TILE;
 #pragma unroll 1
         for (int item = lane_index(); item < count * VOICES; item += 32) {
             const int voice = item / count, dim = begin + item % count;
@@ -343,7 +343,7 @@ struct Worker {
         MARK(9);
         merge_shares();
         MARK(10);
-        multiply<OWN_TILES, ATTENDED_STEPS>(ring, hidden.count(), base + ATTENDED_AT, 0);
+        multiply<ROOM_O, OWN_TILES, HIDDEN_TILES / RANKS, ATTENDED_STEPS>(rooms, hidden.count(), base + ATTENDED_AT, 0);
         MARK(11);
         sync();
         MARK(12);
@@ -358,12 +358,8 @@ struct Worker {
     DEVICE void gate_and_up() {
         exchange.await<EX_AFTER>();
         MARK(15);
-#pragma unroll
-        for (int pass = 0; pass < GATED_PASSES; ++pass) {
-            const Tiles tiles = tiles_of_pass<GATED_PASSES>(gated, pass);
-            multiply<GATED_PASS_TILES, HIDDEN_STEPS>(ring, tiles.count(), exchange.at<EX_AFTER>(),
-                                                     (tiles.begin - gated.begin) * TILE);
-        }
+        multiply<ROOM_GATED, GATED_MOST, GATED_TILES / RANKS, HIDDEN_STEPS>(rooms, gated.count(),
+                                                                            exchange.at<EX_AFTER>(), 0);
         MARK(16);
         exchange.await<EX_SUMS_AFTER>();
         // Warps take turns at the tiles of all voices, and stay with a voice where their number divides.
@@ -392,7 +388,8 @@ struct Worker {
         MARK(18);
         exchange.await<EX_GATED>();
         MARK(19);
-        multiply<OWN_TILES, GATED_STEPS>(ring, hidden.count(), exchange.at<EX_GATED>(), 0);
+        multiply<ROOM_DOWN, OWN_TILES, HIDDEN_TILES / RANKS, GATED_STEPS>(rooms, hidden.count(),
+                                                                          exchange.at<EX_GATED>(), 0);
         MARK(20);
         sync();
         MARK(21);
@@ -407,8 +404,8 @@ struct Worker {
     DEVICE void forget_addresses() {
         forget(base);
         forget(rank);
-        ring.base = exchange.base = base;
-        ring.watch.dead = exchange.watch.dead = base + DEAD_AT;
+        rooms.base = exchange.base = base;
+        rooms.watch.dead = exchange.watch.dead = base + DEAD_AT;
     }
 
     // A layer, from the exchange of its input to that of the next one's.

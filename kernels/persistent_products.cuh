@@ -4,57 +4,70 @@
 
 #include "persistent_stream.cuh"
 
-constexpr int LOADS = 10;  // blocks that a warp has in flight; eight warps then cover the latency of shared memory
-
 DEVICE unsigned partial_row(unsigned base, int warp, int voice, int row) {
     return base + PARTIAL_AT + ((warp * VOICES + voice) * MOST_TILES * TILE + row) * 4;
 }
 
-// Partial sums of `tiles` tiles over DEPTH k-steps of the voices' vectors (Element, in shared memory) into PARTIAL_AT, from
-// row `first_row` on. TILES: the most that a rank has. There are no branches inside: a rank that has fewer tiles multiplies its
-// last one again, a warp that has fewer steps multiplies its last one by zeros.
-template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsigned vectors, int first_row) {
-    constexpr int MOST = (DEPTH + TEAM_WARPS - 1) / TEAM_WARPS;
-    constexpr int BATCHES = (MOST * TILES + LOADS - 1) / LOADS;
-    constexpr int BATCH = (MOST + BATCHES - 1) / BATCHES;
-    // Unsigned throughout: quotients are shifts, and this is on the way from one exchange to the next.
-    const unsigned warp = warp_index(), lane = lane_index();
-    const unsigned begin = DEPTH * warp / TEAM_WARPS, end = DEPTH * (warp + 1) / TEAM_WARPS;
-    // Columns beyond the voices repeat them; nobody reads those.
-    const unsigned vector = vectors + lane / 4 % VOICES * vector_stride(DEPTH * TILE) + lane % 4 * 4;
-    if (tiles > 0) {
-        ring.await(begin * tiles, end * tiles);
+// A warp's share of a product's k-steps: as many for each, and one more for the first few.
+template <int DEPTH> struct Steps {
+    static constexpr int EACH = DEPTH / TEAM_WARPS, REST = DEPTH % TEAM_WARPS, MOST = EACH + (REST > 0 ? 1 : 0);
+    DEVICE static unsigned begin(unsigned warp) { return warp * EACH + min(warp, static_cast<unsigned>(REST)); }
+    DEVICE static unsigned count(unsigned warp) { return EACH + (warp < REST ? 1 : 0); }
+};
+
+// Partial sums of `tiles` tiles of a room over DEPTH k-steps of the voices' vectors (Element, in shared memory) into
+// PARTIAL_AT, from row `first_row` on. TILES: the most that a rank has, LEAST: the fewest. A rank that has fewer multiplies its
+// last one again, a warp that has fewer steps multiplies one by zeros: there are no branches inside. keep: the room stays
+// this block's.
+template <int ROOM, int TILES, int LEAST, int DEPTH>
+DEVICE void multiply(Rooms& rooms, int tiles, unsigned vectors, int first_row, bool keep = false) {
+    typedef Steps<DEPTH> Share;
+    constexpr int MOST = Share::MOST, AHEAD = MOST * TILES < 10 ? TILES : larger(1, 10 / MOST);  // tiles in flight
+    constexpr unsigned ROOM_AT = room_at(ROOM);
+    rooms.await<ROOM>();
+    if (LEAST > 0 || tiles > 0) {
+        const unsigned warp = warp_index(), lane = lane_index(), begin = Share::begin(warp);
+        // Columns beyond the voices repeat them; nobody reads those.
+        constexpr unsigned STRIDE = vector_stride(DEPTH * TILE);
+        const unsigned vector = vectors + lane / 4 % VOICES * STRIDE + lane % 4 * 4 + begin * 32;
+        const unsigned room = rooms.base + ROOM_AT + lane * 16 + begin * BLOCK_BYTES;
+        // Where the last step is this warp's no longer, it reads the tile's first one.
+        const bool more = Share::REST == 0 || warp < Share::REST;
+        const unsigned last = more ? (MOST - 1) * BLOCK_BYTES : 0u - begin * BLOCK_BYTES;
+        uint4 weights[AHEAD][MOST];
+        unsigned low[MOST], high[MOST];
         float sums[TILES][4] = {};
-#pragma unroll 1
-        for (unsigned k = begin; k < end; k += BATCH) {
-            uint4 weights[BATCH][TILES];
-            unsigned low[BATCH], high[BATCH];
+        const auto load = [&](int t) {
+            const unsigned at = room + (t < LEAST ? t : min(t, tiles - 1)) * (DEPTH * BLOCK_BYTES);
 #pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-                const bool more = DEPTH % (TEAM_WARPS * BATCH) == 0 || k + i < end;
-                const unsigned step = more ? k + i : end - 1;
-                const unsigned at = vector + step * 32;
-                low[i] = load_shared<unsigned>(at);
-                high[i] = load_shared<unsigned>(at + 16);
-                if (!more) low[i] = high[i] = 0u;
+            for (int i = 0; i < MOST - 1; ++i) weights[t % AHEAD][i] = load_shared<uint4>(at + i * BLOCK_BYTES);
+            weights[t % AHEAD][MOST - 1] = load_shared<uint4>(at + last);
+        };
 #pragma unroll
-                for (int t = 0; t < TILES; ++t) weights[i][t] = ring.block(step * tiles + min(t, tiles - 1));
+        for (int i = 0; i < MOST; ++i) {
+            low[i] = high[i] = 0u;
+            if (i == MOST - 1 && !more) continue;
+            low[i] = load_shared<unsigned>(vector + i * 32);
+            high[i] = load_shared<unsigned>(vector + i * 32 + 16);
+        }
+#pragma unroll
+        for (int t = 0; t < AHEAD; ++t) load(t);
+#pragma unroll
+        for (int t = 0; t < TILES; ++t) {
+#pragma unroll
+            for (int i = 0; i < MOST; ++i) {
+                const uint4& w = weights[t % AHEAD][i];
+                const unsigned a[4] = {w.x, w.y, w.z, w.w};
+                mma_16x8x16(sums[t], a, low[i], high[i]);
             }
-#pragma unroll
-            for (int i = 0; i < BATCH; ++i) {
-#pragma unroll
-                for (int t = 0; t < TILES; ++t) {
-                    const unsigned a[4] = {weights[i][t].x, weights[i][t].y, weights[i][t].z, weights[i][t].w};
-                    mma_16x8x16(sums[t], a, low[i], high[i]);
-                }
-            }
+            if (t + AHEAD < TILES) load(t + AHEAD);
         }
         // Columns 2 t and 2 t + 1 of the result: rows g and g + 8.
         const unsigned voice = lane % 4 * 2;
-        const unsigned at = partial_row(ring.base, warp, voice, first_row + lane / 4);
+        const unsigned at = partial_row(rooms.base, warp, voice, first_row + lane / 4);
 #pragma unroll
         for (int t = 0; t < TILES; ++t) {
-            if (t >= tiles) break;
+            if (t >= LEAST && t >= tiles) break;
             if (voice < VOICES) {
                 store_shared<float>(at + t * TILE * 4, sums[t][0]);
                 store_shared<float>(at + (t * TILE + 8) * 4, sums[t][2]);
@@ -65,7 +78,7 @@ template <int TILES, int DEPTH> DEVICE void multiply(Ring& ring, int tiles, unsi
             }
         }
     }
-    ring.done(DEPTH * tiles);
+    rooms.leave<ROOM>(keep);
 }
 
 // One row of the product, or four neighbouring rows: the warps' partial sums in their order.

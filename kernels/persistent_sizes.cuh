@@ -6,8 +6,8 @@
 //
 // VOICES sequences go through it together, one in each column of the instruction's eight; a rank attends for one of them.
 //
-// -D: VOICES (1 to 8), HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS (padded to 16 CLUSTERS), VOCAB, CLUSTERS, RANKS, DIM_PARTS, RING_SLOTS, and
-// the dtype. soprano_cupy/gpu/persistent_schedule.py does the same arithmetic.
+// -D: VOICES (1 to 8), HIDDEN, HEADS, KV_HEADS, HEAD_DIM, CHANNELS (padded to 16 CLUSTERS), VOCAB, CLUSTERS, RANKS, DIM_PARTS and the
+// dtype. soprano_cupy/gpu/persistent_schedule.py does the same arithmetic.
 #pragma once
 
 constexpr int TEAM_WARPS = 8;  // that compute
@@ -16,9 +16,8 @@ constexpr int STREAM_WARP = TEAM_WARPS;     // copies weights
 constexpr int CLERK_WARP = TEAM_WARPS + 1;  // tells the host
 constexpr int BLOCK_THREADS = TEAM + 64;
 constexpr int TILE = 16;
-constexpr int BLOCK_BYTES = 512;  // 16 x 16 weights in the order of linear_params.cuh
-constexpr int CHUNK_BYTES = 8192;
-constexpr int CHUNK_BLOCKS = CHUNK_BYTES / BLOCK_BYTES;
+constexpr int BLOCK_BYTES = 512;        // 16 x 16 weights in the order of linear_params.cuh
+constexpr unsigned PIECE_BYTES = 8192;  // of one copy
 
 constexpr int LOCAL_HEADS = HEADS / CLUSTERS;
 constexpr int GROUP = HEADS / KV_HEADS;
@@ -41,15 +40,33 @@ constexpr int HEAD_TILES = (VOCAB + TILE - 1) / TILE;  // that all blocks share
 constexpr int HEAD_MOST = (HEAD_TILES + BLOCKS - 1) / BLOCKS;
 
 constexpr int most_of_rank(int tiles) { return (tiles + RANKS - 1) / RANKS; }
-constexpr int GATED_MOST = most_of_rank(GATED_TILES);
-constexpr int PASS_TILES = 6;  // of gate and up, or of the head, that one pass through the ring takes
-constexpr int GATED_PASSES = (GATED_MOST + PASS_TILES - 1) / PASS_TILES;
-constexpr int HEAD_PASSES = (HEAD_MOST + PASS_TILES - 1) / PASS_TILES;
-constexpr int GATED_PASS_TILES = (GATED_MOST + GATED_PASSES - 1) / GATED_PASSES;  // at most
-constexpr int HEAD_PASS_TILES = (HEAD_MOST + HEAD_PASSES - 1) / HEAD_PASSES;
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int MOST_TILES =
-    larger(larger(GATED_MOST, HEAD_MOST), larger(most_of_rank(QKV_TILES), most_of_rank(HIDDEN_TILES)));
+constexpr int QKV_MOST = most_of_rank(QKV_TILES), HIDDEN_MOST = most_of_rank(HIDDEN_TILES);
+constexpr int GATED_MOST = most_of_rank(GATED_TILES);
+constexpr int MOST_TILES = larger(larger(GATED_MOST, HEAD_MOST), larger(QKV_MOST, HIDDEN_MOST));
+
+// Weights wait in rooms of the shared memory, one for each product of a layer; a room is filled for the next layer as soon
+// as the product has read it. The output head's tiles go through the same rooms, in as many rounds as that takes.
+constexpr int ROOM_QKV = 0, ROOM_O = 1, ROOM_GATED = 2, ROOM_DOWN = 3, ROOMS = 4;
+constexpr int room_blocks(int room) {
+    return room == ROOM_QKV     ? QKV_MOST * HIDDEN_STEPS
+           : room == ROOM_O     ? HIDDEN_MOST * ATTENDED_STEPS
+           : room == ROOM_GATED ? GATED_MOST * HIDDEN_STEPS
+                                : HIDDEN_MOST * GATED_STEPS;
+}
+constexpr int blocks_before(int room) {
+    int blocks = 0;
+    for (int i = 0; i < room; ++i) blocks += room_blocks(i);
+    return blocks;
+}
+constexpr int head_in(int room) { return room_blocks(room) / HIDDEN_STEPS; }  // tiles of the head
+constexpr int head_before(int room) {
+    int tiles = 0;
+    for (int i = 0; i < room; ++i) tiles += head_in(i);
+    return tiles;
+}
+constexpr int HEAD_TOGETHER = head_before(ROOMS);  // tiles of a round
+constexpr int HEAD_ROUNDS = (HEAD_MOST + HEAD_TOGETHER - 1) / HEAD_TOGETHER;
 
 // Attention: the ranks of a head are VOICES sequences times PARTS shares of the keys times DIM_PARTS shares of the values'
 // dimensions.
@@ -74,21 +91,9 @@ struct Tiles {
 DEVICE Tiles tiles_of(unsigned tiles, unsigned rank) {
     return {static_cast<int>(tiles * rank / RANKS), static_cast<int>(tiles * (rank + 1) / RANKS)};
 }
-template <int PASSES> DEVICE Tiles tiles_of_pass(Tiles all, int pass) {
-    const unsigned count = all.count(), index = pass;
-    return {all.begin + static_cast<int>(count * index / PASSES),
-            all.begin + static_cast<int>(count * (index + 1) / PASSES)};
-}
 DEVICE Tiles head_tiles(unsigned block) {
     return {static_cast<int>(HEAD_TILES * block / BLOCKS), static_cast<int>(HEAD_TILES * (block + 1) / BLOCKS)};
 }
-constexpr int chunks_of(int blocks) { return (blocks + CHUNK_BLOCKS - 1) / CHUNK_BLOCKS; }
-static_assert(chunks_of(most_of_rank(HIDDEN_TILES) * GATED_STEPS) <= RING_SLOTS &&
-                  chunks_of(most_of_rank(QKV_TILES) * HIDDEN_STEPS) <= RING_SLOTS &&
-                  chunks_of(most_of_rank(HIDDEN_TILES) * ATTENDED_STEPS) <= RING_SLOTS &&
-                  chunks_of(larger(GATED_PASS_TILES, HEAD_PASS_TILES) * HIDDEN_STEPS) <= RING_SLOTS,
-              "the ring holds a product");
-
 // ---- shared memory, bytes from its base ----
 
 constexpr int EX_QKV = 0, EX_ATTENDED = 1, EX_HIDDEN = 2, EX_AFTER = 3, EX_GATED = 4, EX_SUMS = 5, EX_SUMS_AFTER = 6;
@@ -116,9 +121,9 @@ constexpr unsigned buffer_bytes(int exchange) {
            : exchange == EX_SUMS || exchange == EX_SUMS_AFTER ? VOICES * SUMS_STRIDE
                                                               : aligned_16(exchange_bytes(exchange));
 }
-constexpr unsigned RING_AT = 0;
+constexpr unsigned room_at(int room) { return blocks_before(room) * BLOCK_BYTES; }
 constexpr unsigned exchange_at(int exchange) {
-    unsigned at = RING_SLOTS * CHUNK_BYTES;
+    unsigned at = room_at(ROOMS);
     for (int i = 0; i < exchange; ++i) at += buffer_bytes(i);
     return at;
 }
@@ -129,11 +134,10 @@ constexpr unsigned ATTENDED_AT = SHARE_AT + TEAM_WARPS * OUT_STRIDE * 4;  // (VO
 constexpr unsigned GAINS_AT = ATTENDED_AT + VOICES * ATTENDED_STRIDE;     // (2, HEAD_DIM) float of the layer
 constexpr unsigned ANGLES_AT = GAINS_AT + 2 * HEAD_DIM * 4;               // (2, HEAD_DIM / 2) float: cosines, sines
 constexpr unsigned BARRIERS_AT = ANGLES_AT + HEAD_DIM * 4;                // see below
-constexpr unsigned CONSUMED_AT =
-    BARRIERS_AT + 8 * (RING_SLOTS + EXCHANGES);  // (TEAM_WARPS,) products that a warp has read
-constexpr unsigned DEAD_AT = CONSUMED_AT + 4 * TEAM_WARPS;
+constexpr unsigned DEAD_AT = BARRIERS_AT + 8 * (2 * ROOMS + EXCHANGES);
 constexpr unsigned STOP_AT = DEAD_AT + 4;  // 1: no more weights are wanted
 constexpr unsigned SHARED_END = DEAD_AT + 16;
 
-constexpr unsigned full_barrier(int slot) { return BARRIERS_AT + 8 * slot; }
-constexpr unsigned exchange_barrier(int exchange) { return BARRIERS_AT + 8 * (RING_SLOTS + exchange); }
+constexpr unsigned full_barrier(int room) { return BARRIERS_AT + 8 * room; }
+constexpr unsigned empty_barrier(int room) { return BARRIERS_AT + 8 * (ROOMS + room); }
+constexpr unsigned exchange_barrier(int exchange) { return BARRIERS_AT + 8 * (2 * ROOMS + exchange); }

@@ -6,8 +6,10 @@
 // Barriers and flags; before the cluster's (or block's) barrier. All threads.
 DEVICE void begin_block(Worker& worker) {
     if (threadIdx.x == 0) {
-        for (int slot = 0; slot < RING_SLOTS; ++slot) barrier_init(worker.base + full_barrier(slot), 1);
-        for (int warp = 0; warp < TEAM_WARPS; ++warp) store_flag_shared(worker.base + CONSUMED_AT + warp * 4, 0u);
+        for (int room = 0; room < ROOMS; ++room) {
+            barrier_init(worker.base + full_barrier(room), 1);
+            barrier_init(worker.base + empty_barrier(room), TEAM_WARPS);
+        }
         store_flag_shared(worker.base + DEAD_AT, 0u);
         store_flag_shared(worker.base + STOP_AT, 0u);
     }

@@ -67,17 +67,14 @@ class Outcome:
 class Host:
     """One model, one grid; `run` generates a request behind what the reference has drawn first."""
 
-    def __init__(
-        self, folder: Path, clusters: int, ranks: int, dim_parts: int = 1, voices: int = 1, slots: int = 6
-    ) -> None:
+    def __init__(self, folder: Path, clusters: int, ranks: int, dim_parts: int = 1, voices: int = 1) -> None:
         self.reference = portable(folder)
         self.config = self.reference.config
         self.shape = Shape.of(self.config, clusters, ranks, dim_parts, voices)
         assert self.shape.problem() is None
-        self.grid = persistent.Grid(self.shape, max(slots, persistent.least_slots(self.shape)))
         self.source = packed_weights(folder, self.config)
         self.weights = pack_persistent(self.shape, self.source.layers, self.source.head, self.source.norm, np)
-        defines = dict(persistent.kernel_defines(*self.grid, "bfloat16"))
+        defines = dict(persistent.kernel_defines(self.shape, "bfloat16"))
         defines["SPIN_LIMIT_CYCLES"] = SPIN_LIMIT
         self.library = emulation.build(SOURCE, defines, arch=900)
 
@@ -144,7 +141,7 @@ class Host:
         tables = {name: array.ctypes.data for name, array in constants.items()}
         tables |= {name: shared[name].ctypes.data for name in ("words", "error")}
         tables["stream_bytes"] = w.stream_bytes
-        launch = persistent.plan_persistent(self.config, self.grid, "bfloat16", places, common, tables)
+        launch = persistent.plan_persistent(self.config, self.shape, "bfloat16", places, common, tables)
         buffers = [emulation.Buffer(array) for array in (*constants.values(), cancel)]
         buffers += [emulation.Buffer(array, True) for array in shared.values()]
         buffers += [emulation.Buffer(array, True) for memory in memories for array in memory.values()]

@@ -15,8 +15,6 @@ from soprano_cupy.gpu import persistent
 from soprano_cupy.gpu.packing import interleave_gate_up, pack_linear, unpack_linear
 from soprano_cupy.gpu.persistent_schedule import (
     BLOCK_BYTES,
-    CHUNK_BLOCKS,
-    CHUNK_BYTES,
     Shape,
     head_products,
     layer_products,
@@ -91,7 +89,6 @@ def test_streams(shape: Shape) -> None:
     ]  # fmt: skip
     head = matrix(shape.vocab, shape.hidden)
     packed = pack_persistent(shape, layers, pack_linear(head, np), norm(shape.hidden), np)
-    assert packed.stream_bytes % CHUNK_BYTES == 0
     assert (packed.gains[1, 1] == layers[1].post_attention_norm).all()
     assert (packed.head_gains[1, 0] == layers[1].q_norm).all()
     for block in range(shape.blocks):
@@ -101,10 +98,10 @@ def test_streams(shape: Shape) -> None:
                 shape, block // shape.ranks, block % shape.ranks)  # fmt: skip
             for product in products:
                 begin = at
-                at += product.chunks * CHUNK_BLOCKS
-                for k, step in enumerate(product.steps):
-                    for t, tile in enumerate(product.tiles):
-                        bits = packed.stream[block].reshape(-1, BLOCK_BYTES)[begin + k * len(product.tiles) + t]
+                at += product.blocks
+                for t, tile in enumerate(product.tiles):
+                    for k, step in enumerate(product.steps):
+                        bits = packed.stream[block].reshape(-1, BLOCK_BYTES)[begin + t * len(product.steps) + k]
                         assert (block_of(bits) == part(matrices[product.matrix], tile, step)).all()
         assert at * BLOCK_BYTES <= packed.stream_bytes
 
@@ -122,12 +119,15 @@ def part(matrix: np.ndarray, tile: int, step: int) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize("shape", BIG, ids=str)
-def test_the_ring_fits(shape: Shape) -> None:
-    slots = persistent.ring_slots(shape, LIMIT)
-    assert shape.problem() is None
-    assert slots >= persistent.least_slots(shape)
-    assert persistent.shared_bytes(shape, slots) <= LIMIT < persistent.shared_bytes(shape, slots + 1)
+def test_what_fits() -> None:
+    """A layer's weights of a block lie in its shared memory: on 64 multiprocessors, and for up to four voices."""
+    for voices, fits in ((1, True), (2, True), (4, True), (8, False)):
+        shape = Shape.of(SOPRANO_1_1_80M, 4, 16, 2 if voices < 8 else 1, voices)
+        assert shape.problem() is None
+        assert (persistent.shared_bytes(shape) <= LIMIT) == fits
+    assert sum(BIG[0].room_bytes()) == 2 * (2 * 16 * 512 + 2 * 16 * 128 + 5 * 16 * 512 + 2 * 16 * 576)
+    for shape in BIG[2:]:
+        assert persistent.shared_bytes(shape) > LIMIT
 
 
 def test_refusals() -> None:
@@ -154,7 +154,7 @@ def test_compiles(architecture: str, dtype: str) -> None:
     if int(architecture[3:]) not in nvrtc.architectures:
         pytest.skip(f"NVRTC {nvrtc.version} does not know {architecture}")
     shape = BIG[0]
-    defines = persistent.kernel_defines(shape, persistent.ring_slots(shape, LIMIT), dtype)
+    defines = persistent.kernel_defines(shape, dtype)
     binary = nvrtc.compile(joined_source(persistent.SOURCE), persistent.SOURCE, compile_options(architecture, defines))
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", binary.log)]
     assert registers

@@ -13,6 +13,7 @@
 
 #define DEVICE_CALL __attribute__((noinline))
 
+using std::max;
 using std::min;
 typedef unsigned long long Word;
 
@@ -63,6 +64,7 @@ inline bool barrier_done(unsigned address, unsigned parity) {
     return true;
 }
 
+inline void fence_copies() {}
 inline void copy_bulk(unsigned shared_address, const void* source, unsigned bytes, unsigned barrier) {
     for (unsigned i = 0; i < bytes; i += 16) {
         const uint4 piece = load_global<uint4>(static_cast<const char*>(source) + i);

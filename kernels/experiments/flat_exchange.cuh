@@ -111,9 +111,8 @@ struct Exchange {
         for (int n = 0; n < MOST; ++n) {
             const int i = threadIdx.x + n * TEAM;
             if (i < FIRST + SECOND)
-                store_shared<unsigned>(
-                    base + (i < FIRST ? first_at + i * 4 : second_at + (i - FIRST) * 4),
-                    word_value(heard[n]));
+                store_shared<unsigned>(base + (i < FIRST ? first_at + i * 4 : second_at + (i - FIRST) * 4),
+                                       word_value(heard[n]));
         }
 #else
         constexpr int PAIRS = (FIRST + SECOND) / 2, MOST = (PAIRS + TEAM - 1) / TEAM;

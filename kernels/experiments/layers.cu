@@ -33,9 +33,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) layers(const __gr
     sync_block();
 #endif
     if (warp_index() == STREAM_WARP) {
-        const Blocks blocks(worker.rank, blockIdx.x);
+        const Work work(worker.rank, blockIdx.x);
         const char* stream = static_cast<const char*>(p.stream) + blockIdx.x * p.stream_bytes;
-        Streamer streamer{base, watch, stream, blocks, p.layers, false, {}};
+        Streamer streamer{base, watch, stream, work, p.layers, false};
         streamer.run();
     } else if (warp_index() < TEAM_WARPS) {
         worker.fetch_angles(params.position);

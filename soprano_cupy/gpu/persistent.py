@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from ..cuda.module import DeviceFacts, load
 from ..errors import DeviceError
 from ..generation import LOOP_DISTANCE, LOOP_LENGTH
 from .launch import Launch
-from .persistent_schedule import CHUNK_BLOCKS, THREADS, WARPS, Shape, ceil
+from .persistent_schedule import THREADS, WARPS, Shape, ceil
 from .persistent_weights import PersistentWeights, pack_persistent
 from .weights import Weights
 
@@ -120,13 +120,6 @@ class Common:
     stall_at: int = 0
 
 
-class Grid(NamedTuple):
-    """A shape that serves the model on this GPU, and the chunks of its ring."""
-
-    shape: Shape
-    slots: int
-
-
 class PersistentDecoder:
     """The persistent kernel for one model on one GPU, for up to `MOST_VOICES` sequences a launch.
 
@@ -139,7 +132,7 @@ class PersistentDecoder:
     ) -> None:
         self._config, self._source, self._facts, self._dtype = config, weights, facts, dtype
         self._grids = grids
-        self._found: dict[int, Grid | str] = {}
+        self._found: dict[int, Shape | str] = {}
         self._weights: dict[tuple[int, int], PersistentWeights] = {}
         self._programs: dict[tuple[Any, ...], Program] = {}
         self._before: Event | None = None  # the end of the launch before
@@ -155,13 +148,13 @@ class PersistentDecoder:
 
     def prepare(self, voices: int = 1) -> None:
         """Pack the weights for so many voices ahead of the first launch, and wait for that; any thread."""
-        grid = self._grid(voices)
-        if isinstance(grid, str):
+        shape = self._grid(voices)
+        if isinstance(shape, str):
             return
         from .program import on_device
 
         with self._lock, on_device(self._facts.index):
-            self._packed(grid.shape)
+            self._packed(shape)
 
     def launch(self, stream: int, places: Sequence[Places], common: Common) -> None:
         """Generate the sequences at `places` to their ends, or `budget` tokens of them; returns before it is done.
@@ -169,13 +162,13 @@ class PersistentDecoder:
         What the host sees while it runs is what the sampling kernel publishes: states, tokens, progress words. Raises
         `DeviceError` with `problem()`'s reason. Once the stream is done, `check` says whether it went well.
         """
-        grid = self._grid(len(places))
-        if isinstance(grid, str):
-            raise DeviceError(f"the persistent decode kernel cannot run: {grid}")
+        shape = self._grid(len(places))
+        if isinstance(shape, str):
+            raise DeviceError(f"the persistent decode kernel cannot run: {shape}")
         from ._driver import Event, copy
 
         with self._lock:
-            program = self._program(grid, tuple(places), common)
+            program = self._program(shape, tuple(places), common)
             if self._before is None:
                 self._before = Event()
             self._before.hold(stream)
@@ -196,7 +189,7 @@ class PersistentDecoder:
 
     # ---- choosing a grid ----
 
-    def _grid(self, voices: int) -> Grid | str:
+    def _grid(self, voices: int) -> Shape | str:
         """The grid for so many voices, or why there is none; threads that ask together may both look."""
         lanes = next((n for n in VOICES if n >= voices), 0)
         if not lanes or voices < 1:
@@ -206,11 +199,12 @@ class PersistentDecoder:
             if isinstance(found, str):
                 logger.info("voices at once, up to %d: a graph for each token; %s", lanes, found)
             else:
-                s = found.shape
-                logger.info("voices at once, up to %d: %d clusters of %d blocks stay", lanes, s.clusters, s.ranks)
+                logger.info(
+                    "voices at once, up to %d: %d clusters of %d blocks stay", lanes, found.clusters, found.ranks
+                )
         return self._found[lanes]
 
-    def _examine(self, voices: int) -> Grid | str:
+    def _examine(self, voices: int) -> Shape | str:
         config, facts = self._config, self._facts
         if facts.capability < MIN_CAPABILITY:
             return f"{facts.name} has no thread block clusters (compute capability 9.0)"
@@ -224,24 +218,24 @@ class PersistentDecoder:
             reason = found if number == 0 else reason
         return reason
 
-    def _try(self, shape: Shape) -> Grid | str:
+    def _try(self, shape: Shape) -> Shape | str:
         reason = shape.problem()
         if reason is not None:
             return reason
-        slots = ring_slots(shape, SHARED_BYTES.get(self._facts.capability, 101_376))
-        if slots < least_slots(shape):
-            return f"a block's shared memory holds {max(slots, 0)} chunks of weights, and needs {least_slots(shape)}"
-        fit = self._clusters_at_once(shape, slots)
+        limit, shared = SHARED_BYTES.get(self._facts.capability, 101_376), shared_bytes(shape)
+        if shared > limit:
+            return f"a layer's share of a block takes {shared} bytes of shared memory, and there are {limit}"
+        fit = self._clusters_at_once(shape)
         if fit < shape.clusters:
             return f"only {fit} of {shape.clusters} clusters of {shape.ranks} blocks run at once"
-        return Grid(shape, slots)
+        return shape
 
-    def _clusters_at_once(self, shape: Shape, slots: int) -> int:
+    def _clusters_at_once(self, shape: Shape) -> int:
         from . import _driver
         from .program import on_device
 
-        kernel = load(SOURCE, KERNEL, kernel_defines(shape, slots, self._dtype), self._facts.index)
-        shared = shared_bytes(shape, slots)
+        kernel = load(SOURCE, KERNEL, kernel_defines(shape, self._dtype), self._facts.index)
+        shared = shared_bytes(shape)
         with on_device(self._facts.index):
             kernel.allow_shared_bytes(shared)
             if shape.ranks > 8:
@@ -251,25 +245,25 @@ class PersistentDecoder:
 
     # ---- launching ----
 
-    def _program(self, grid: Grid, places: tuple[Places, ...], common: Common) -> Program:
-        key = (grid, places, common)
+    def _program(self, shape: Shape, places: tuple[Places, ...], common: Common) -> Program:
+        key = (shape, places, common)
         program = self._programs.get(key)
         if program is None:
             from .program import load_program
 
             if len(self._programs) >= 64:  # sequences that are gone
                 self._programs.clear()
-            program = self._programs[key] = load_program([self._plan(grid, places, common)], self._facts.index)
+            program = self._programs[key] = load_program([self._plan(shape, places, common)], self._facts.index)
         return program
 
-    def _plan(self, grid: Grid, places: Sequence[Places], common: Common) -> Launch:
-        w, source = self._packed(grid.shape), self._source
+    def _plan(self, shape: Shape, places: Sequence[Places], common: Common) -> Launch:
+        w, source = self._packed(shape), self._source
         tables = {
             "stream": w.stream.data.ptr, "stream_bytes": w.stream_bytes, "gains": w.gains.data.ptr,
             "head_gains": w.head_gains.data.ptr, "rope": source.rope.data.ptr, "embeddings": source.embeddings.data.ptr,
             "words": self._scratch.data.ptr, "error": self._error.data.ptr,
         }  # fmt: skip
-        return plan_persistent(self._config, grid, self._dtype, places, common, tables)
+        return plan_persistent(self._config, shape, self._dtype, places, common, tables)
 
     def _packed(self, shape: Shape) -> PersistentWeights:
         """The weights for a shape; clusters and ranks alone decide about their order."""
@@ -291,10 +285,9 @@ class PersistentDecoder:
 
 
 def plan_persistent(
-    config: ModelConfig, grid: Grid, dtype: str, places: Sequence[Places], common: Common, tables: dict[str, int]
+    config: ModelConfig, shape: Shape, dtype: str, places: Sequence[Places], common: Common, tables: dict[str, int]
 ) -> Launch:
     """The launch. tables: addresses of what does not change from sequence to sequence, and `stream_bytes`."""
-    shape, slots = grid
     params = np.zeros(1, params_dtype(shape.voices))
     values: dict[str, Any] = {
         **tables, **asdict(common), "voices": len(places), "layers": config.num_layers, "epsilon": config.rms_norm_eps,
@@ -310,8 +303,8 @@ def plan_persistent(
             else:
                 params["places"].reshape(1, -1)[0, voice][name] = value
     return Launch(
-        source=SOURCE, kernel=KERNEL, defines=kernel_defines(shape, slots, dtype), grid=(shape.blocks, 1, 1),
-        threads=THREADS, shared_bytes=shared_bytes(shape, slots), params=params.tobytes(), cluster=shape.ranks,
+        source=SOURCE, kernel=KERNEL, defines=kernel_defines(shape, dtype), grid=(shape.blocks, 1, 1),
+        threads=THREADS, shared_bytes=shared_bytes(shape), params=params.tobytes(), cluster=shape.ranks,
         programmatic=False,
     )  # fmt: skip
 
@@ -325,19 +318,10 @@ def stalled(code: int) -> DeviceError:
     )
 
 
-def kernel_defines(shape: Shape, slots: int, dtype: str) -> tuple[tuple[str, int], ...]:
+def kernel_defines(shape: Shape, dtype: str) -> tuple[tuple[str, int], ...]:
     """The constants that the kernel is compiled with."""
     element = {"bfloat16": "DTYPE_BF16", "float16": "DTYPE_FP16"}[dtype]
-    return (*shape.defines(slots), ("THREADS", WARPS * 32), ("SEARCH_BARRIER", 1), (element, 1))
-
-
-def least_slots(shape: Shape) -> int:
-    """Chunks of the longest product, which the ring has to hold."""
-    s = shape
-    hidden, qkv = ceil(s.hidden_tiles, s.ranks), ceil(s.qkv_tiles, s.ranks)
-    gated, head = ceil(s.gated_tiles, s.ranks), ceil(s.head_tiles, s.blocks)
-    tiles = max(qkv, ceil(gated, s.gated_passes), ceil(head, s.head_passes))
-    return ceil(max(hidden * max(s.gated_steps, s.attended_steps), tiles * s.hidden_tiles), CHUNK_BLOCKS)
+    return (*shape.defines(), ("THREADS", WARPS * 32), ("SEARCH_BARRIER", 1), (element, 1))
 
 
 def scratch_words(shape: Shape) -> int:
@@ -358,20 +342,13 @@ BINS, CANDIDATES = 64, 128  # of kernels/sample_search.cuh
 SEARCH_BYTES = 3 * BINS * 32 * 4 + 2 * BINS * 12 + 32 + 16 + 16 + CANDIDATES * 16
 
 
-def shared_bytes(shape: Shape, slots: int) -> int:
-    """Dynamic shared memory of a block: that of the layers, and the sampler's."""
+def shared_bytes(shape: Shape) -> int:
+    """Dynamic shared memory of a block: that of the layers, and the sampler's where no room for weights holds it."""
     v = shape.voices
-    rules = ceil(shape.shared_bytes(slots), 16) * 16 + ceil(v * 4, 16) * 16
+    rules = ceil(shape.shared_bytes(), 16) * 16 + ceil(v * 4, 16) * 16
     seen = rules + ceil(v * 8, 16) * 16
     sampler = ceil(seen + v * head_rows(shape) // 8, 16) * 16
     distances = sampler + 64 + 80 + WARPS * 16 + 4 + 12 + WARPS * 4
-    search = ceil(distances + shape.ranks * shape.owners * 4, 16) * 16
-    return search + SEARCH_BYTES + ceil(shape.vocab, 4) * 16
-
-
-def ring_slots(shape: Shape, limit: int) -> int:
-    """Chunks of the longest ring that leaves room for the rest."""
-    slots = (limit - shared_bytes(shape, 0)) // 8192
-    while slots > 0 and shared_bytes(shape, slots) > limit:
-        slots -= 1
-    return slots
+    end = ceil(distances + shape.ranks * shape.owners * 4, 16) * 16
+    scores = SEARCH_BYTES + ceil(shape.vocab, 4) * 16
+    return end if scores <= shape.room_bytes()[2] else end + scores

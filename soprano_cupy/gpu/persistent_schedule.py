@@ -21,9 +21,6 @@ WARPS = 8  # that compute, of a block
 THREADS = (WARPS + 2) * 32  # two more warps: one streams the weights, one tells the host
 TILE = 16
 BLOCK_BYTES = 512  # 16 x 16 weights
-CHUNK_BYTES = 8192
-CHUNK_BLOCKS = CHUNK_BYTES // BLOCK_BYTES
-PASS_TILES = 6
 GROUPS = WARPS * 4  # groups of eight lanes, each with keys of its own
 OUTSIDE = -1  # a block of zeros: padding
 
@@ -110,16 +107,8 @@ class Shape:
         return self.q_rows // TILE
 
     @property
-    def gated_passes(self) -> int:
-        return ceil(ceil(self.gated_tiles, self.ranks), PASS_TILES)
-
-    @property
     def head_tiles(self) -> int:
         return ceil(self.vocab, TILE)
-
-    @property
-    def head_passes(self) -> int:
-        return ceil(ceil(self.head_tiles, self.blocks), PASS_TILES)
 
     @property
     def ranks_of_head(self) -> int:
@@ -175,25 +164,27 @@ class Shape:
         gated = v * (self.channels // self.clusters * 2 + 16)
         return [v * self.qkv_tiles * TILE * 4, attended, hidden, hidden, gated, sums, sums]
 
-    def shared_bytes(self, ring_slots: int) -> int:
-        """Dynamic shared memory of a block with a ring of so many chunks."""
+    def room_bytes(self) -> list[int]:
+        """Bytes of the rooms for a block's weights of QKV, O, gate and up, down."""
+        qkv, hidden, gated = (ceil(n, self.ranks) for n in (self.qkv_tiles, self.hidden_tiles, self.gated_tiles))
+        blocks = qkv * self.hidden_tiles, hidden * self.attended_steps, gated * self.hidden_tiles
+        return [n * BLOCK_BYTES for n in (*blocks, hidden * self.gated_steps)]
+
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block, without the sampler's."""
         most = max(ceil(n, self.ranks) for n in (self.qkv_tiles, self.hidden_tiles, self.gated_tiles))
         most = max(most, ceil(self.head_tiles, self.blocks))
-        total = ring_slots * CHUNK_BYTES + sum(ceil(n, 16) * 16 for n in self.exchange_bytes())
+        total = sum(self.room_bytes()) + sum(ceil(n, 16) * 16 for n in self.exchange_bytes())
         total += WARPS * self.voices * most * TILE * 4 + WARPS * (self.out_dims + 4) * 4
         total += self.voices * (self.q_rows * 2 + 16) + 2 * self.head_dim * 4 + self.head_dim * 4
-        return total + 8 * (ring_slots + len(self.exchange_bytes())) + 4 * WARPS + 16
+        return total + 8 * (2 * len(self.room_bytes()) + len(self.exchange_bytes())) + 16
 
-    def ring_slots(self, shared_limit: int) -> int:
-        """Chunks of the longest ring that fits into so many bytes of shared memory."""
-        return (shared_limit - self.shared_bytes(0)) // (CHUNK_BYTES + 8)
-
-    def defines(self, ring_slots: int) -> tuple[tuple[str, int], ...]:
+    def defines(self) -> tuple[tuple[str, int], ...]:
         """The constants that the kernel is compiled with, but for its type."""
         return (
             ("HIDDEN", self.hidden), ("HEADS", self.heads), ("KV_HEADS", self.kv_heads), ("HEAD_DIM", self.head_dim),
             ("CHANNELS", self.channels), ("VOCAB", self.vocab), ("CLUSTERS", self.clusters), ("RANKS", self.ranks),
-            ("DIM_PARTS", self.dim_parts), ("VOICES", self.voices), ("RING_SLOTS", ring_slots),
+            ("DIM_PARTS", self.dim_parts), ("VOICES", self.voices),
         )  # fmt: skip
 
 
@@ -209,10 +200,6 @@ class Product:
     def blocks(self) -> int:
         return len(self.tiles) * len(self.steps)
 
-    @property
-    def chunks(self) -> int:
-        return ceil(self.blocks, CHUNK_BLOCKS)
-
 
 def layer_products(shape: Shape, cluster: int, rank: int) -> list[Product]:
     """What a block computes in a layer, in its order."""
@@ -224,10 +211,7 @@ def layer_products(shape: Shape, cluster: int, rank: int) -> list[Product]:
     gated = share(s.gated_tiles, rank, s.ranks)
     products = [Product("qkv", tuple(qkv_tile(s, cluster, t) for t in share(s.qkv_tiles, rank, s.ranks)), every)]
     products.append(Product("o", hidden, attended))
-    for i in range(s.gated_passes):
-        part = share(len(gated), i, s.gated_passes)
-        tiles = tuple(cluster * s.gated_tiles + gated[t] for t in part)
-        products.append(Product("gate_up", tiles, every))
+    products.append(Product("gate_up", tuple(cluster * s.gated_tiles + t for t in gated), every))
     products.append(Product("down", hidden, channels))
     return products
 
@@ -248,18 +232,15 @@ def qkv_tile(shape: Shape, cluster: int, tile: int) -> int:
 def head_products(shape: Shape, block: int) -> list[Product]:
     """What a block of the grid computes of the output head, behind the last layer."""
     tiles = share(shape.head_tiles, block, shape.blocks)
-    parts = (share(len(tiles), i, shape.head_passes) for i in range(shape.head_passes))
-    return [Product("head", tuple(tiles[t] for t in part), range(shape.hidden_tiles)) for part in parts]
+    return [Product("head", tuple(tiles), range(shape.hidden_tiles))]
 
 
 def block_order(product: Product, tile_count: int, step_count: int, first: int) -> np.ndarray:
-    """Index of every 512-byte block of a product in its packed matrix, padded to whole chunks with OUTSIDE.
+    """Index of every 512-byte block of a product in its packed matrix: tile by tile, step by step.
 
     tile_count, step_count: of the packed matrix; first: index of its first block.
     """
-    steps, tiles = np.array(product.steps), np.array(product.tiles, int)
-    index = first + tiles[None, :] * step_count + steps[:, None]
-    outside = (tiles[None, :] < 0) | (tiles[None, :] >= tile_count) | (steps[:, None] >= step_count)
-    padded = np.full(product.chunks * CHUNK_BLOCKS, OUTSIDE)
-    padded[: product.blocks] = np.where(outside, OUTSIDE, index).reshape(-1)
-    return padded
+    steps, tiles = np.array(product.steps, int), np.array(product.tiles, int)
+    index = first + tiles[:, None] * step_count + steps[None, :]
+    outside = (tiles[:, None] < 0) | (tiles[:, None] >= tile_count) | (steps[None, :] >= step_count)
+    return np.where(outside, OUTSIDE, index).reshape(-1)
