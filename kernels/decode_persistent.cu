@@ -22,18 +22,11 @@ DEVICE void generate(const PersistentParams& p, Worker& worker, Choir& choir, co
         if (worker.owns()) worker.publish_residual<EX_HIDDEN, EX_SUMS>(first_gain);
 #pragma unroll 1
         for (int i = 0; i < p.layer.layers; ++i) worker.layer(i);
-        const bool chooses = blockIdx.x < VOICES && choir.is_alive(blockIdx.x);
-        const bool greedy = chooses && choir.greedy(blockIdx.x);
-        const bool keep = IN_ROOM && chooses && !greedy;
-        choir.score(number, keep);
+        choir.score(number);
         // On their way while the tokens are chosen.
         worker.fetch_angles(min(worker.position + 1, p.positions - 1));
         first_gain = worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f;
-        if (chooses) sampler.choose(number, greedy);
-        if (keep) {
-            fence_copies();
-            worker.rooms.give_back<ROOM_GATED>();
-        }
+        if (blockIdx.x < VOICES && choir.is_alive(blockIdx.x)) sampler.choose(number, choir.greedy(blockIdx.x));
         WORKER_MARK(28);
         choir.receive(number);
     }
@@ -42,7 +35,7 @@ DEVICE void generate(const PersistentParams& p, Worker& worker, Choir& choir, co
 
 // The warp that tells the host: of the blocks that choose.
 DEVICE void serve_host(const PersistentParams& p, const Sampler& sampler) {
-    sampler.run_clerk();
+    if (is_running(sampler.place)) sampler.run_clerk();
     if (blockIdx.x != 0) return;
     while (all_lanes(load_flag_shared(sampler.base + STOP_AT) == 0)) pause();  // the team ends, one way or another
     if (lane_index() == 0 && p.report != nullptr) publish(p.report, 1ull + load_flag(p.layer.error));
@@ -64,9 +57,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         Choir choir(params, worker);
         generate(params, worker, choir, sampler);
     } else if (warp_index() == STREAM_WARP) {
-        const Work work(worker.rank, blockIdx.x);
+        const Blocks blocks(worker.rank, blockIdx.x);
         const char* stream = static_cast<const char*>(params.layer.stream) + blockIdx.x * params.layer.stream_bytes;
-        Streamer streamer{base, watch, stream, work, params.layer.layers, true};
+        Streamer streamer{base, watch, stream, blocks, params.layer.layers, true, {}};
         streamer.run();
     } else if (chooses) {
         serve_host(params, sampler);

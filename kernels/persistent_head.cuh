@@ -24,6 +24,11 @@ struct VoicePlaces {
     int reserved;
 };
 
+// Whether a sequence goes on: what was drawn before the launch may have ended it.
+DEVICE bool is_running(const VoicePlaces& place) {
+    return load_global_fresh<int>(&place.slot->status) == STATUS_RUNNING;
+}
+
 // What generating sequences needs besides their layers.
 struct PersistentParams {
     LayerParams layer;
@@ -75,7 +80,10 @@ struct Choir {
     float last_state = 0.0f;  // of this lane's row of its own voice, in the warps of the first cluster that own rows
     int count = 0;            // tokens of that voice drawn so far
 
-    DEVICE Choir(const PersistentParams& params, Worker& w) : p(params), worker(w), alive((1u << params.voices) - 1u) {}
+    DEVICE Choir(const PersistentParams& params, Worker& w) : p(params), worker(w), alive(0u) {
+        for (int voice = 0; voice < params.voices; ++voice)
+            if (is_running(params.places[voice])) alive |= 1u << voice;
+    }
 
     DEVICE bool is_alive(int voice) const { return (alive >> voice & 1u) != 0; }
     DEVICE const VoicePlaces& own() const { return p.places[min(worker.own_voice(), VOICES - 1)]; }
@@ -115,34 +123,18 @@ struct Choir {
 
     DEVICE bool greedy(int voice) const { return load_shared<unsigned>(worker.base + RULES_AT + voice * 8 + 4) != 0; }
 
-    // The head's tiles that go through a room. left: of this block's, from this round's first on.
-    template <int ROOM> DEVICE void multiply_in(int left, bool keep) {
-        constexpr int MOST = head_in(ROOM), BEFORE = head_before(ROOM);
-        if constexpr (MOST > 0) {
-            const int first = tiles().count() - left + BEFORE;
-            multiply<ROOM, MOST, 0, HIDDEN_STEPS>(worker.rooms, min(max(left - BEFORE, 0), MOST),
-                                                  worker.exchange.template at<EX_HIDDEN>(), first * TILE, keep);
-        } else {
-            worker.rooms.template await<ROOM>();
-            worker.rooms.template leave<ROOM>(keep);
-        }
-    }
-
-    // Scores of this block's ids, on their way to the blocks that choose: all of them, or the best of each 32. keep: the room
-    // of gate and up stays empty behind that.
-    DEVICE void score(unsigned number, bool keep) {
+    // Scores of this block's ids, on their way to the blocks that choose: all of them, or the best of each 32.
+    DEVICE void score(unsigned number) {
         if (static_cast<int>(number) == p.stall_at && blockIdx.x == BLOCKS - 1) number = 0u;
         Exchange& exchange = worker.exchange;
         const Tiles mine = tiles();
         WORKER_MARK(24);
         exchange.await<EX_HIDDEN>();
 #pragma unroll 1
-        for (int round = 0; round < HEAD_ROUNDS; ++round) {
-            const int left = mine.count() - round * HEAD_TOGETHER;
-            multiply_in<ROOM_QKV>(left, false);
-            multiply_in<ROOM_O>(left, false);
-            multiply_in<ROOM_GATED>(left, keep && round == HEAD_ROUNDS - 1);
-            multiply_in<ROOM_DOWN>(left, false);
+        for (int pass = 0; pass < HEAD_PASSES; ++pass) {
+            const Tiles part = tiles_of_pass<HEAD_PASSES>(mine, pass);
+            multiply<HEAD_PASS_TILES, HIDDEN_STEPS>(worker.ring, part.count(), exchange.at<EX_HIDDEN>(),
+                                                    (part.begin - mine.begin) * TILE);
         }
         exchange.await<EX_SUMS>();
         worker.sync();
@@ -162,8 +154,7 @@ struct Choir {
         const bool exists = row < mine.count() * TILE && id < VOCAB;
         float value = 0.0f;
         if (exists) {
-            value =
-                row_sum(worker.base, voice, row) * norm_factor(worker.exchange.at<EX_SUMS>(), voice, p.layer.epsilon);
+            value = row_sum(worker.base, voice, row) * norm_factor(worker.exchange.at<EX_SUMS>(), voice, p.layer.epsilon);
             const float penalty = load_shared<float>(worker.base + RULES_AT + voice * 8);
             if (load_shared<unsigned>(seen_word(voice, row)) >> row % 32 & 1u)
                 value = value > 0.0f ? value / penalty : value * penalty;
@@ -217,8 +208,8 @@ struct Choir {
                 if (mine) word = load_word(from);
                 return !mine || word_number(word) == number;
             };
-            spin_until(worker.rooms.watch, 3, ready, blockIdx.x < VOICES ? SPIN_LIMIT_CYCLES : PATIENT);
-            const bool dead = all_lanes(worker.rooms.watch.is_dead());
+            spin_until(worker.ring.watch, 3, ready, blockIdx.x < VOICES ? SPIN_LIMIT_CYCLES : PATIENT);
+            const bool dead = all_lanes(worker.ring.watch.is_dead());
             if (lane_index() < VOICES) store_shared<unsigned>(at, dead || !mine ? TOKEN_END : word_value(word));
         }
         worker.sync();

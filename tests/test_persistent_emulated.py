@@ -74,7 +74,7 @@ def test_sentences(
 def test_sizes_are_counted_alike(hosts: Callable[..., host.Host], config: Any, grid: tuple[int, ...]) -> None:
     h = hosts(config, *grid)
     library = h.library.library
-    assert library.persistent_shared_bytes() == persistent.shared_bytes(h.shape)
+    assert library.persistent_shared_bytes() == persistent.shared_bytes(*h.grid)
     assert library.persistent_words() == persistent.scratch_words(h.shape)
     assert library.persistent_params_bytes() == persistent.params_dtype(h.shape.voices).itemsize
 
@@ -143,6 +143,26 @@ def test_two_voices(hosts: Callable[..., host.Host], grid: tuple[int, ...]) -> N
         alone = h.run(h.prepare(request))  # the second place is empty
         assert alone.states.tobytes() == outcome.states.tobytes()
         assert alone.record.tobytes() == outcome.record.tobytes()
+
+
+def test_a_voice_that_has_ended(hosts: Callable[..., host.Host]) -> None:
+    """Its first token was its last: the launch leaves it as it is, alone and beside another voice."""
+    h = hosts(MQA, 2, 4, 1, 2)
+    request = host.request(PROMPT, max_new_tokens=6)
+
+    def ended() -> dict[str, Any]:
+        memory = h.prepare(request)
+        memory["slot"]["status"] = step.STOP
+        return memory
+
+    alone = h.run(ended())
+    other, beside = h.run_together([ended(), h.prepare(request)])
+    for outcome in (alone, other):
+        assert (outcome.error, outcome.report) == (0, 1)
+        assert (outcome.record["count"], outcome.record["status"]) == (1, step.STOP)
+        assert (outcome.tokens[1:] == -7).all()
+        assert outcome.progress == 0
+    check(h, request, beside, h.expected(request))
 
 
 def test_cancelled(hosts: Callable[..., host.Host]) -> None:
