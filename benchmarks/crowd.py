@@ -1,17 +1,19 @@
 """Many voices at once: throughput against batch, and latency of live streams that arrive at random.
 
     python benchmarks/crowd.py [--smoke] [--device cuda] [--gpus 1,2,4] [--batches 1,8,...] [--streams 1,10,...]
-                               [--seconds 10] [--model FOLDER] [--invariant] [--out FILE]
+                               [--seconds 1.5] [--model FOLDER] [--invariant] [--plot FILE.png] [--out FILE]
 
 The checkpoint is a random one of Soprano-1.1-80M's shape unless --model names another. Texts are random words of 20 to
 200 characters; each sentence is held to between 40 and 200 tokens, drawn at random, 120 on average: 7.7 s of sound.
 
 crowd/throughput/B* seconds of sound in a second, texts in (normalised, cut and tokenised by one thread), 16-bit samples
-in host memory out, at most B sentences at once; crowd/tokens_in/B* the same from token ids. /gpus2 and /gpus4: on
-several GPUs, B for each. crowd/live/N*: N streams being listened to at a time on average (Poisson arrivals, each
-played at real time from its first sample): first_audio, finish and silence in milliseconds, medians with p95 and p99
-in `peer`; dry: streams in a thousand that fell silent; refused: requests in a thousand that were sent away (`Busy`).
-crowd/cancel: milliseconds from `cancel` until the slot is free. memory: GPU bytes of the crowd's buffers.
+in host memory out, at most B sentences at once; crowd/tokens_in/B* the same from token ids; crowd/host/B* the per cent
+of the time, texts in, in which the language model had nothing to do on the GPU since the host had asked for nothing
+(`peer`: the same with token ids). /gpus2 and /gpus4: on several GPUs, B for each. crowd/live/N*: N streams being
+listened to at a time on average (Poisson arrivals, ten a second at least; each played at real time from its first
+sample): first_audio, finish and silence in milliseconds, medians with p95 and p99 in `peer`; dry: streams in a thousand
+that fell silent; refused: requests in a thousand that were sent away (`Busy`). crowd/cancel: milliseconds from `cancel`
+until the slot is free. memory: GPU bytes of the crowd's buffers.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import RESULTS, Row, machine_facts, write_results
+from benchmarks.crowd_waits import Waits
 from benchmarks.random_text import sentences
 from soprano_cupy import Busy, SopranoTTS
 from soprano_cupy.config import SAMPLE_RATE_HZ, TOKEN_SAMPLES
@@ -43,12 +46,13 @@ from soprano_cupy.testing import SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER, TINY,
 
 LIMIT = 83_000.0  # times real time, of an H200: the arithmetic of both networks at the rates it reaches
 TOKENS = (40, 200)  # of a sentence
-BATCHES, STREAMS = (1, 8, 32, 128, 256, 512, 1024, 2048), (1, 10, 100, 500, 1000)
+BATCHES, STREAMS = (1, 8, 64, 256, 512, 1024, 2048), (1, 10, 100, 500, 1000, 2000, 5000)
 PERCENTILES = (50, 95, 99)
+LEAST_ARRIVALS = 10.0  # a second
 
 
 class Subject:
-    """A voice and sentences for it."""
+    """A voice, crowds of it, and sentences for it."""
 
     def __init__(self, folder: Path, device: str, gpus: int, batch: int, *, invariant: bool, tokens: tuple[int, int]):
         devices = [f"cuda:{i}" for i in range(gpus)] if device != "cpu" else ["cpu"]
@@ -60,6 +64,17 @@ class Subject:
 
     def crowd(self) -> Any:
         return self.tts._opened()
+
+    def resize(self, batch: int) -> None:
+        """Another crowd of the same voice, of `batch` sentences at once; what speaks is over."""
+        if self.tts._crowd is not None:
+            self.tts._crowd.close()
+        self.tts._crowd = None
+        self.tts._crowd_plan = replace(self.tts._crowd_plan, max_batch=batch)
+
+    def waits(self, waits: Waits) -> Any:
+        """Measure how the first GPU waits for the host."""
+        return waits.of(self.crowd().devices[0])
 
     def request(self, text: str) -> list[Request]:
         """A text's sentences with lengths drawn at random."""
@@ -78,7 +93,7 @@ class Subject:
         return sum(int(getattr(device, "nbytes", 0)) for device in self.crowd().devices)
 
 
-def throughput(subject: Subject, batch: int, *, text_in: bool, seconds: float) -> float:
+def throughput(subject: Subject, batch: int, *, text_in: bool, seconds: float, waits: Waits | None = None) -> float:
     """Seconds of sound in a second of a full house, from the middle of many sentences."""
     crowd, wish = subject.crowd(), Wish(pcm=True)
     texts = iter(lambda: subject._random.choice(subject.texts), None)
@@ -104,12 +119,13 @@ def throughput(subject: Subject, batch: int, *, text_in: bool, seconds: float) -
 
     feeder = threading.Thread(target=feed)
     feeder.start()
-    time.sleep(seconds / 2)
-    with lock:
-        begin, before = time.perf_counter(), samples[0]
-    time.sleep(seconds)
-    with lock:
-        end, after = time.perf_counter(), samples[0]
+    time.sleep(max(seconds / 2, 0.3))
+    with subject.waits(waits or Waits()):
+        with lock:
+            begin, before = time.perf_counter(), samples[0]
+        time.sleep(seconds)
+        with lock:
+            end, after = time.perf_counter(), samples[0]
     stop.set()
     waiting.release()
     feeder.join()
@@ -170,7 +186,7 @@ def live(subject: Subject, streams: int, seconds: float) -> tuple[list[Listener]
             listeners.append(listener)
         except Busy:
             refused += 1
-        at += rng.expovariate(streams / mean_s)
+        at += rng.expovariate(max(streams / mean_s, LEAST_ARRIVALS))
     drain(crowd)
     return listeners, refused
 
@@ -230,25 +246,44 @@ def measure(options: argparse.Namespace, folder: Path, save: Callable[[list[Row]
 
     for gpus in options.gpus:
         place = "" if gpus == 1 else f"/gpus{gpus}"
-        for batch in options.batches:
-            subject = Subject(folder, options.device, gpus, batch, invariant=options.invariant, tokens=tokens)
-            with subject.tts:
-                if options.device != "cpu":
-                    add(Row(f"crowd/memory/B{batch}{place}", subject.memory() / 1e6, "MB", 1))
-                for name, text_in in (("tokens_in", False), ("throughput", True)):
-                    made = throughput(subject, batch * gpus, text_in=text_in, seconds=options.seconds)
-                    limit = LIMIT * gpus if options.device != "cpu" else None
-                    share = made / limit if limit else None
-                    add(Row(f"crowd/{name}/B{batch}{place}", made, "x real time", 1, limit=limit, share_of_limit=share))
-            save(rows)
         subject = Subject(folder, options.device, gpus, options.live_batch, invariant=options.invariant, tokens=tokens)
         with subject.tts:
+            for batch in options.batches:
+                subject.resize(batch)
+                for row in throughput_rows(subject, batch, gpus, options, place):
+                    add(row)
+                save(rows)
+            subject.resize(options.live_batch)
             throughput(subject, 1, text_in=False, seconds=0.2)
             for streams in options.streams:
-                for row in live_rows(subject, streams, options.seconds, place):
+                for row in live_rows(subject, streams, 2 * options.seconds, place):
                     add(row)
+                save(rows)
             add(percentiles(f"crowd/cancel{place}", cancel_ms(subject, 20)))
         save(rows)
+    if options.plot:
+        from benchmarks.crowd_plot import plot
+
+        plot(rows, "Soprano, many voices at once", options.plot)
+
+
+def throughput_rows(subject: Subject, batch: int, gpus: int, options: argparse.Namespace, place: str) -> Iterator[Row]:
+    """Memory, speeds, and how long the GPU waits for the host."""
+    on_gpu = options.device != "cpu"
+    if on_gpu:
+        yield Row(f"crowd/memory/B{batch}{place}", subject.memory() / 1e6, "MB", 1)
+    limit = LIMIT * gpus if on_gpu else None
+    waited: dict[str, float] = {}
+    for name, text_in in (("tokens_in", False), ("throughput", True)):
+        waits = Waits()
+        made = throughput(subject, batch * gpus, text_in=text_in, seconds=options.seconds, waits=waits)
+        share = made / limit if limit else None
+        yield Row(f"crowd/{name}/B{batch}{place}", made, "x real time", 1, limit=limit, share_of_limit=share)
+        if (found := waits.share()) is not None:
+            waited[name] = 100 * found
+    if "throughput" in waited:
+        peer = {"tokens_in": waited["tokens_in"]} if "tokens_in" in waited else {}
+        yield Row(f"crowd/host/B{batch}{place}", waited["throughput"], "per cent", 1, peer=peer)
 
 
 def main() -> int:
@@ -261,8 +296,9 @@ def main() -> int:
     parser.add_argument("--gpus", type=numbers, default=[1])
     parser.add_argument("--batches", type=numbers, default=list(BATCHES))
     parser.add_argument("--streams", type=numbers, default=list(STREAMS))
-    parser.add_argument("--live-batch", type=int, default=512, help="voices at once of the live part, for each GPU")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--live-batch", type=int, default=1024, help="voices at once of the live part, for each GPU")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement; twice that of live ones")
+    parser.add_argument("--plot", type=Path, help="also draw speeds and latencies against the number of voices")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--switch-us", type=float, default=500, help="of threads: sys.setswitchinterval")
     parser.add_argument("--invariant", action="store_true")
