@@ -22,11 +22,18 @@ DEVICE void generate(const PersistentParams& p, Worker& worker, Choir& choir, co
         if (worker.owns()) worker.publish_residual<EX_HIDDEN, EX_SUMS>(first_gain);
 #pragma unroll 1
         for (int i = 0; i < p.layer.layers; ++i) worker.layer(i);
-        choir.score(number);
+        const bool chooses = blockIdx.x < VOICES && choir.is_alive(blockIdx.x);
+        const bool greedy = chooses && choir.greedy(blockIdx.x);
+        const bool keep = IN_ROOM && chooses && !greedy;
+        choir.score(number, keep);
         // On their way while the tokens are chosen.
         worker.fetch_angles(min(worker.position + 1, p.positions - 1));
         first_gain = worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f;
-        if (blockIdx.x < VOICES && choir.is_alive(blockIdx.x)) sampler.choose(number, choir.greedy(blockIdx.x));
+        if (chooses) sampler.choose(number, greedy);
+        if (keep) {
+            fence_copies();
+            worker.rooms.give_back<ROOM_GATED>();
+        }
         WORKER_MARK(28);
         choir.receive(number);
     }
@@ -57,9 +64,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         Choir choir(params, worker);
         generate(params, worker, choir, sampler);
     } else if (warp_index() == STREAM_WARP) {
-        const Blocks blocks(worker.rank, blockIdx.x);
+        const Work work(worker.rank, blockIdx.x);
         const char* stream = static_cast<const char*>(params.layer.stream) + blockIdx.x * params.layer.stream_bytes;
-        Streamer streamer{base, watch, stream, blocks, params.layer.layers, true, {}};
+        Streamer streamer{base, watch, stream, work, params.layer.layers, true};
         streamer.run();
     } else if (chooses) {
         serve_host(params, sampler);

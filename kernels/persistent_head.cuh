@@ -123,18 +123,34 @@ struct Choir {
 
     DEVICE bool greedy(int voice) const { return load_shared<unsigned>(worker.base + RULES_AT + voice * 8 + 4) != 0; }
 
-    // Scores of this block's ids, on their way to the blocks that choose: all of them, or the best of each 32.
-    DEVICE void score(unsigned number) {
+    // The head's tiles that go through a room. left: of this block's, from this round's first on.
+    template <int ROOM> DEVICE void multiply_in(int left, bool keep) {
+        constexpr int MOST = head_in(ROOM), BEFORE = head_before(ROOM);
+        if constexpr (MOST > 0) {
+            const int first = tiles().count() - left + BEFORE;
+            multiply<ROOM, MOST, 0, HIDDEN_STEPS>(worker.rooms, min(max(left - BEFORE, 0), MOST),
+                                                  worker.exchange.template at<EX_HIDDEN>(), first * TILE, keep);
+        } else {
+            worker.rooms.template await<ROOM>();
+            worker.rooms.template leave<ROOM>(keep);
+        }
+    }
+
+    // Scores of this block's ids, on their way to the blocks that choose: all of them, or the best of each 32. keep: the room
+    // of gate and up stays empty behind that.
+    DEVICE void score(unsigned number, bool keep) {
         if (static_cast<int>(number) == p.stall_at && blockIdx.x == BLOCKS - 1) number = 0u;
         Exchange& exchange = worker.exchange;
         const Tiles mine = tiles();
         WORKER_MARK(24);
         exchange.await<EX_HIDDEN>();
 #pragma unroll 1
-        for (int pass = 0; pass < HEAD_PASSES; ++pass) {
-            const Tiles part = tiles_of_pass<HEAD_PASSES>(mine, pass);
-            multiply<HEAD_PASS_TILES, HIDDEN_STEPS>(worker.ring, part.count(), exchange.at<EX_HIDDEN>(),
-                                                    (part.begin - mine.begin) * TILE);
+        for (int round = 0; round < HEAD_ROUNDS; ++round) {
+            const int left = mine.count() - round * HEAD_TOGETHER;
+            multiply_in<ROOM_QKV>(left, false);
+            multiply_in<ROOM_O>(left, false);
+            multiply_in<ROOM_GATED>(left, keep && round == HEAD_ROUNDS - 1);
+            multiply_in<ROOM_DOWN>(left, false);
         }
         exchange.await<EX_SUMS>();
         worker.sync();
@@ -154,7 +170,8 @@ struct Choir {
         const bool exists = row < mine.count() * TILE && id < VOCAB;
         float value = 0.0f;
         if (exists) {
-            value = row_sum(worker.base, voice, row) * norm_factor(worker.exchange.at<EX_SUMS>(), voice, p.layer.epsilon);
+            value =
+                row_sum(worker.base, voice, row) * norm_factor(worker.exchange.at<EX_SUMS>(), voice, p.layer.epsilon);
             const float penalty = load_shared<float>(worker.base + RULES_AT + voice * 8);
             if (load_shared<unsigned>(seen_word(voice, row)) >> row % 32 & 1u)
                 value = value > 0.0f ? value / penalty : value * penalty;
@@ -208,8 +225,8 @@ struct Choir {
                 if (mine) word = load_word(from);
                 return !mine || word_number(word) == number;
             };
-            spin_until(worker.ring.watch, 3, ready, blockIdx.x < VOICES ? SPIN_LIMIT_CYCLES : PATIENT);
-            const bool dead = all_lanes(worker.ring.watch.is_dead());
+            spin_until(worker.rooms.watch, 3, ready, blockIdx.x < VOICES ? SPIN_LIMIT_CYCLES : PATIENT);
+            const bool dead = all_lanes(worker.rooms.watch.is_dead());
             if (lane_index() < VOICES) store_shared<unsigned>(at, dead || !mine ? TOKEN_END : word_value(word));
         }
         worker.sync();

@@ -11,9 +11,12 @@ constexpr unsigned CANCEL_AT = PARTS_AT + TEAM_WARPS * 16;  // 1: the host wants
 constexpr unsigned NEWS_AT = CANCEL_AT + 4;                 // count of tokens that the clerk was told
 constexpr unsigned FITS_AT = NEWS_AT + 12;                  // whether each warp's list holds what it keeps
 constexpr unsigned DISTANCES_AT = FITS_AT + TEAM_WARPS * 4;
-constexpr unsigned SEARCH_AT = aligned_16(DISTANCES_AT + DISTANCES * 4);
+constexpr unsigned SAMPLER_END = aligned_16(DISTANCES_AT + DISTANCES * 4);
+// Scores and their search lie in the room of gate and up, where it is large enough: it is filled behind the choice then.
+constexpr bool IN_ROOM = SEARCH_BYTES + SCORES_BYTES <= room_blocks(ROOM_GATED) * BLOCK_BYTES;
+constexpr unsigned SEARCH_AT = IN_ROOM ? room_at(ROOM_GATED) : SAMPLER_END;
 constexpr unsigned SCORES_AT = SEARCH_AT + SEARCH_BYTES;
-constexpr unsigned PERSISTENT_SHARED_BYTES = SCORES_AT + SCORES_BYTES;
+constexpr unsigned PERSISTENT_SHARED_BYTES = IN_ROOM ? SAMPLER_END : SCORES_AT + SCORES_BYTES;
 
 // Scores in shared memory, and those ids that each warp kept, in a list of its own; or all of them.
 struct KeptScores {
@@ -43,7 +46,7 @@ struct Sampler {
 
     // Before the barrier that starts the launch; all threads of the team.
     DEVICE void begin() const {
-        Search(base + SEARCH_AT).clear_cells();
+        if (!IN_ROOM) Search(base + SEARCH_AT).clear_cells();
         if (threadIdx.x != 0) return;
         SlotWords::load(place.slot).keep(base + RECORD_AT);
         store_release(base + CANCEL_AT, 0u);
@@ -133,6 +136,7 @@ struct Sampler {
 
     // The whole team: the next token, and what it does to the sequence.
     DEVICE_CALL void choose(unsigned number, bool greedy) const {
+        if (IN_ROOM && !greedy) Search(base + SEARCH_AT).clear_cells();
         const Best mine = greedy ? gather_keys(number) : gather_scores(number);
         gather_distances(number);
         const unsigned best = max_of_lanes(mine.order);

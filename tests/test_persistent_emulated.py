@@ -74,7 +74,7 @@ def test_sentences(
 def test_sizes_are_counted_alike(hosts: Callable[..., host.Host], config: Any, grid: tuple[int, ...]) -> None:
     h = hosts(config, *grid)
     library = h.library.library
-    assert library.persistent_shared_bytes() == persistent.shared_bytes(*h.grid)
+    assert library.persistent_shared_bytes() == persistent.shared_bytes(h.shape)
     assert library.persistent_words() == persistent.scratch_words(h.shape)
     assert library.persistent_params_bytes() == persistent.params_dtype(h.shape.voices).itemsize
 
