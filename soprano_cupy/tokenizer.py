@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,10 +73,20 @@ class Tokenizer:
 
     def encode(self, prompt: str) -> np.ndarray:
         """The ids of one prompt: int32 (tokens,). Characters outside the vocabulary become [UNK]."""
-        if not isinstance(prompt, str):
-            raise TextError(f"a prompt must be text, not {type(prompt).__name__}")
+        return self.encode_batch([prompt])[0]
+
+    def encode_batch(self, prompts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each prompt, as `encode` gives them, in one call of the library.
+
+        The library lets other Python threads run only while it encodes a batch, be it of one, and spreads a larger one
+        over its own threads. Where in the text a token stands is not asked for, which saves a third of the time.
+        """
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise TextError(f"a prompt must be text, not {type(prompt).__name__}")
         try:
-            return np.array(self._encoder.encode(prompt).ids, np.int32)
+            encodings = self._encoder.encode_batch_fast(list(prompts))
+            return [np.array(encoding.ids, np.int32) for encoding in encodings]
         except BaseException as error:
             if not _is_library_failure(error):
                 raise

@@ -28,8 +28,9 @@ def test_every_reference_prompt(shared_dir):
     count = 0
     for line in (shared_dir / "golden/text.jsonl").read_text(encoding="utf-8").splitlines():
         case = json.loads(line)
-        for prompt, ids in zip(case["prompts"], case["ids"], strict=True):
+        for prompt, row, ids in zip(case["prompts"], tokenizer.encode_batch(case["prompts"]), case["ids"], strict=True):
             np.testing.assert_array_equal(tokenizer.encode(prompt), ids)
+            np.testing.assert_array_equal(row, ids)
             count += 1
     assert count == 52
 
@@ -64,6 +65,32 @@ def test_encode_odd_text(folder):
 def test_prompts_that_are_not_text(folder, prompt):
     with pytest.raises(TextError, match=r"a prompt must be text|cannot be tokenised") as caught:
         Tokenizer.load(folder).encode(prompt)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_batch_is_its_prompts_one_by_one(folder):
+    tokenizer = Tokenizer.load(folder)
+    prompts = [
+        "[STOP][TEXT]the hat[START]",
+        "",
+        "é😀",
+        "[STOP][TEXT]a, b.[START]",
+        "x" * 300,
+        "[STOP][TEXT]a, b.[START]",
+    ]
+    rows = tokenizer.encode_batch(prompts)
+    assert [row.dtype for row in rows] == [np.int32] * len(prompts)
+    for prompt, row in zip(prompts, rows, strict=True):
+        np.testing.assert_array_equal(row, tokenizer._encoder.encode(prompt).ids)
+        np.testing.assert_array_equal(row, tokenizer.encode(prompt))
+    assert tokenizer.encode_batch([]) == []
+    assert len(tokenizer.encode_batch(tuple(prompts))) == len(prompts)
+
+
+@pytest.mark.parametrize("odd", [None, 3, b"abc", ("a", "b"), ["a"], "\ud800"])
+def test_a_batch_with_a_prompt_that_is_not_text(folder, odd):
+    with pytest.raises(TextError, match=r"a prompt must be text|cannot be tokenised") as caught:
+        Tokenizer.load(folder).encode_batch(["[STOP][TEXT]a[START]", odd])
     assert "\n" not in str(caught.value)
 
 

@@ -32,11 +32,12 @@ WORDS = [
         for table in (abbreviations._CAPITAL_TITLES, abbreviations._REFERENCES, abbreviations._WORDS)
         for name in table
     ),
-    *(name for table in (dates._NAMES, units._UNITS, units._PLURAL_AS_SINGULAR, money._ALL) for name in table),
+    *(name for table in (dates._NAMES, units._SYMBOLS, money._ALL, money._MAGNITUDES) for name in table),
     *cut(
         "St|st.|Ave|Blvd|Rd|Jr|Sr|III|viii|AAA|www|iPhone|GPUs|NASA|HelloWorld|the|a|I|He|it's|I'm|we'll|on|in|may|to"
     ),
     *cut("1/2|3 1/2|2:30|9-5|9:00-17:00|-40|-.5|x^2|y-1|5'10\"|#5|C#|A-4|'99|90s|1st|22nd|5k|3.5M|1,5|12,34,567|1.2.3"),
+    *cut("5k-.5|5k-$6|5%-6|5-$6|$5-.6|5-€6"),
     *cut("+44 20 7946 0958|555.123.4567|555 123 4567|02134-5678|1-2-3|2024/5/6|2024-05|1/2/99|4 km|5km|20 °|3 m^2/s"),
     *cut('(s)|item(s)|C:\\x|a:/b|x--y|x -- y|a - b|"q"|a"b|a.b|end.Next|.net|.NET|e.x.|=>=|!==|~~|~/|::|&&|soooo'),
     "1" * 40,

@@ -161,7 +161,7 @@ SHORT_FORMS = rules(
     replace(_SAINT, _read_saint, names=["st"]),
     replace(_TITLE, _read_title, names=_TITLES),
     replace(_CAPITAL_TITLE, lambda match: f"{_CAPITAL_TITLES[match[1].capitalize()]} ", names=_CAPITAL_TITLES),
-    replace(_SUFFIX, _read_suffix, ".a. .A.", names=_SUFFIXES),
+    replace(_SUFFIX, _read_suffix, ".a. .A.", names=_SUFFIXES),  # `a.m` is no word
     replace(_BARE_SUFFIX, lambda match: _SUFFIXES[match[1].lower()], names=[*_STOP_OPTIONAL, "Ave", "Blvd", "Rd"]),
     replace(_INITIALS, _read_initials, ".a .A"),
 )

@@ -40,7 +40,7 @@ def _read_power(match: re.Match[str]) -> str:
 
 HYPHENS = rules(
     replace(_TIME_RANGE, r"\g<left> to ", ("-0", "- 0")),
-    replace(_RANGE, _read_range, "0-0 0-. 0-$ a-0 a-. a-$ A-0 A-. A-$ %-0 %-. %-$"),
+    replace(_RANGE, _read_range, "-0 -. -$"),
     replace(_VARIABLE_MINUS, r"\g<name> minus ", "a-0"),
     replace(_NAME_NUMBER, " ", "a-0 A-0"),
     marks="-",

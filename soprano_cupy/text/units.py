@@ -112,7 +112,7 @@ def _name(unit: str, *, one: bool) -> str:
 
 UNITS = rules(
     say(_HEIGHT, _read_height, ("0'0", "0' 0")),
-    say(_MEASURE, _read_measure, (f"0{DEGREE}", f"0 {DEGREE}"), names=_SYMBOLS),
+    say(_MEASURE, _read_measure, (f"0{DEGREE}", f"0 {DEGREE}"), names=_SYMBOLS),  # `°C` is no word
     marks="0",
 )
 """Amounts with their units in words; the text may hold `DEGREE` signs and powers written with `^`."""
