@@ -267,7 +267,7 @@ def test_numbers_that_are_not_finite(folder: Path, monkeypatch: pytest.MonkeyPat
     model = load(folder, monkeypatch, "1")
     ids = np.arange(4, 34, dtype=np.int32)
     expected = model.generate(ids, max_new_tokens=10)
-    weights = model.runner.persistent.decoder._packed(model.runner.persistent.decoder._grid(1).shape)
+    weights = model.runner.persistent.decoder._packed(model.runner.persistent.decoder._grid(1))
     kept = weights.gains.copy()
     weights.gains[:] = np.nan
     with pytest.raises(DeviceError, match="not finite"):
