@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -122,7 +122,9 @@ class Speech(Future[np.ndarray]):
         with self._more:
             self._chunks.append(samples)
             self._samples += len(samples)
-        self._tell()
+            self._more.notify_all()
+            listeners = list(self._listeners) if self._listeners else ()
+        self._tell(listeners)
 
     def settle(self, error: BaseException | None) -> None:
         """The end, by an error or with all that was added; nothing where there was an end before."""
@@ -145,12 +147,11 @@ class Speech(Future[np.ndarray]):
     def _end(self) -> None:
         with self._more:
             self._over = True
-        self._tell()
-
-    def _tell(self) -> None:
-        with self._more:
             self._more.notify_all()
-            listeners = list(self._listeners)
+            listeners = list(self._listeners) if self._listeners else ()
+        self._tell(listeners)
+
+    def _tell(self, listeners: Sequence[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
         for loop, event in listeners:
             try:
                 loop.call_soon_threadsafe(event.set)
