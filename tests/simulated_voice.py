@@ -9,6 +9,7 @@ from typing import Any
 
 from simulated_device import Clock, Faults, SimulatedDevice, sentence
 
+from soprano_cupy.crowd import processes_worker
 from soprano_cupy.crowd.crowd import Crowd
 from soprano_cupy.errors import DeviceError, TextError
 from soprano_cupy.generation import Request
@@ -27,11 +28,11 @@ class RealTime(SimulatedDevice):
 class Voice:
     """Texts are "job sentences tokens"; or orders to the process: "die", "stop", "nothing", "a bug"."""
 
-    def __init__(self, slots: int = 8, failing_steps: int = 0, fail: str = "", slow_s: float = 0.0) -> None:
-        if fail == "once":
+    def __init__(self, slots: int = 8, failing: bool = False, absent: bool = False, life_s: float = 5.0) -> None:
+        if absent:
             raise DeviceError("the device has fallen off")
-        time.sleep(slow_s)
-        steps: dict[int, Any] = {20 * i: DeviceError("launch failed") for i in range(1, failing_steps + 1)}
+        processes_worker.LIFE_S = life_s
+        steps: dict[int, Any] = {i: DeviceError("launch failed") for i in range(30, 1000)} if failing else {}
         faults = Faults(steps=steps, poisoned={7: 99})
         self.crowd = Crowd([lambda: RealTime(slots, Clock(), faults)])
 
