@@ -9,7 +9,8 @@ are random words of 20 to 200 characters, held to 128 tokens (8.1 s of sound). T
 from a call to its result; steps are timed by the engine itself, around replays of its graphs.
 
 Rows: step/B*/ctx256 microseconds for a token of each voice; first_audio; voice/B1 and throughput/B* seconds of sound
-in a second, text to samples on the host; vocos/B*/T* the decoder alone on the device (T tokens of sound a voice),
+in a second, text to samples on the host; of one voice and a few also by graphs alone (/graph) and by the persistent
+kernel (/persistent); vocos/B*/T* the decoder alone on the device (T tokens of sound a voice),
 vocos_host/* with the copy to the host, vocos_stream/B1 one more token of a stream; memory/B*, of which /context is
 CUDA's own and /ours the rest; cold_start/*; with --profile, profile/* the kernels of a step. limit is what the bytes
 and the arithmetic take at the rates that this GPU reaches in a large copy and a large matrix product in the same run.
@@ -30,6 +31,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +88,9 @@ class Run:
         """Name and measurement of each part; the peers' come where ours are measured."""
         subject, sizes = self.subject, self.subject.sizes
         measured: dict[str, Callable[[], Iterable[Row]]] = {
-            "step": lambda: (measuring.steps(subject, batch) for batch in self._fitting(sizes.steps)),
-            "first_audio": lambda: [measuring.first_audio(subject)],
-            "voice": lambda: [measuring.voice(subject)],
+            "step": self._steps,
+            "first_audio": lambda: measuring.ways(subject, 1, lambda: measuring.first_audio(subject)),
+            "voice": lambda: measuring.ways(subject, 1, lambda: measuring.voice(subject)),
             "vocos": self._vocos,
             "throughput": lambda: (measuring.throughput(subject, batch) for batch in self._fitting(sizes.throughput)),
             "memory": self._memory,
@@ -132,6 +134,13 @@ class Run:
             else:
                 say(f"{batch} voices are left out: their caches do not fit into this GPU's free memory")
 
+    def _steps(self) -> Iterator[Row]:
+        for batch in self._fitting(self.subject.sizes.steps):
+            if batch <= measuring.FEW:
+                yield from measuring.ways(self.subject, batch, partial(measuring.steps, self.subject, batch))
+            else:
+                yield measuring.steps(self.subject, batch)
+
     def _vocos(self) -> Iterator[Row]:
         for voices, tokens in self.subject.sizes.vocos:
             yield from measuring.vocos(self.subject, voices, tokens)
@@ -159,7 +168,9 @@ class Run:
 def paths(tts: SopranoTTS) -> dict[str, str]:
     """Which implementations ran, and why."""
     runners = {"language_model": tts.engine.language_model, "decoder": tts.engine.decoder}
-    return {name: f"{type(runner).__name__}, {runner.dtype}: {runner.reason}" for name, runner in runners.items()}
+    facts = {name: f"{type(runner).__name__}, {runner.dtype}: {runner.reason}" for name, runner in runners.items()}
+    path = getattr(tts.engine.language_model, "persistent", None)
+    return facts if path is None else facts | {"tokens": "; ".join(path.describe())}
 
 
 def say(text: str) -> None:

@@ -35,6 +35,7 @@ from soprano_cupy.text import build_prompts
 
 MOST_OF_FREE_MEMORY = 0.7  # what a batch's caches may take of it
 BLOCK_STEPS = 50
+FEW = 4  # voices whose steps are timed by graphs and by the persistent kernel
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,24 @@ def seconds_of(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def ways(subject: Subject, voices: int, measure: Callable[[], Row]) -> Iterator[Row]:
+    """The row as things are by default; then, where few voices have two ways, again by each: /graph, /persistent."""
+    yield measure()
+    path = getattr(subject.tts.engine.language_model, "persistent", None)
+    if path is None or path.setting == "0" or path.failure is not None:
+        return
+    before = path.setting
+    try:
+        for name, setting in (("graph", "0"), ("persistent", "1")):
+            path.use(setting)
+            if setting == "0" or path.problem(voices, drawn=False) is None:
+                row = measure()
+                row.case += f"/{name}"
+                yield row
+    finally:
+        path.use(before)
 
 
 # ---- the language model's step ----
