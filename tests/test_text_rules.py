@@ -21,6 +21,9 @@ RULES = [member for row in PASSES for member in row]
 PATTERN_RULES = [member for member in RULES if member.pattern is not None]
 ASCII = "".join(map(chr, range(32, 127))) + "\n"
 AROUND = st.sampled_from(["", " ", "\n", "a", "B", "be ", "No ", "5", "$", "-", ".", ". ", "(", '"', "/"])
+FIRST_LOOK = re.compile(
+    r"\(\?=\[(?:\\.|[^\\\]])*\]\)(?![)|]|$)"
+)  # at the first character of what comes next in a pattern
 NEVER, ALWAYS = re.compile("(?!)"), re.compile("")
 
 
@@ -55,10 +58,11 @@ def test_what_is_left_out_of_known_texts_would_change_nothing(shared_dir: Path) 
 def test_every_match_has_what_its_rule_needs(member: Rule) -> None:
     pattern = member.pattern
     assert pattern is not None
+    like = re.compile(FIRST_LOOK.sub("", pattern.pattern), pattern.flags)  # examples would hold that character twice
     found = 0
 
     @settings(PROPERTY, max_examples=80, suppress_health_check=list(HealthCheck))
-    @given(AROUND, st.from_regex(pattern, alphabet=ASCII + CURRENCY_SIGNS + DEGREE), AROUND)
+    @given(AROUND, st.from_regex(like, alphabet=ASCII + CURRENCY_SIGNS + DEGREE), AROUND)
     def check(before: str, text: str, after: str) -> None:
         nonlocal found
         text = f"{before}{text}{after}"

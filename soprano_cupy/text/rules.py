@@ -30,7 +30,9 @@ WHOLE = (  # 7 and 1,234,567 and 12,34,567 (grouped as in India)
     r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,11}(?![0-9])|[0-9]{1,2}(?:,[0-9]{2}){1,16},[0-9]{3}(?![0-9])|[0-9]{1,36}(?![0-9]))"
 )
 NUMBER = rf"(?:{WHOLE}(?:\.{DIGITS}(?![0-9]))?|\.{DIGITS}(?![0-9]))"  # with or without decimals
-NOT_INSIDE = r"(?<![A-Za-z0-9])(?<![0-9][.,])"  # before a number that is not the tail of a longer one or of a name
+# Before a number that is not the tail of a longer one or of a name. What comes first decides how soon a pattern gives
+# a character up: a look at the character itself takes a third of the time of two looks at what stands before it.
+NOT_INSIDE = r"(?=[.0-9])(?<![A-Za-z0-9])(?<![0-9][.,])"
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -39,8 +41,13 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def alternatives(names: Iterable[str]) -> str:
-    """A pattern for any of `names`, the longest first, each taken literally."""
-    return "(?:" + "|".join(re.escape(name) for name in sorted(names, key=lambda name: (-len(name), name))) + ")"
+    """A pattern for any of `names`, the longest first, each taken literally.
+
+    It looks at the first character alone before it tries one name after the other.
+    """
+    ordered = sorted(names, key=lambda name: (-len(name), name))
+    first = re.escape("".join(sorted({name[0] for name in ordered})))
+    return f"(?=[{first}])(?:{'|'.join(map(re.escape, ordered))})"
 
 
 # ---- what a text looks like ----

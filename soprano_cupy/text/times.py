@@ -8,10 +8,10 @@ from .numbers import amount, cardinal, spell_digits, two_digits
 from .rules import rules, say
 
 _TIME = re.compile(
-    r"(?<![0-9:])(?<![0-9][.,])(?P<hours>[0-9]{1,3}):(?P<minutes>[0-5][0-9])"
+    r"(?=[0-9])(?<![0-9:])(?<![0-9][.,])(?P<hours>[0-9]{1,3}):(?P<minutes>[0-5][0-9])"
     r"(?::(?P<seconds>[0-5][0-9]))?(?P<decimals>\.[0-9]{1,9})?(?![0-9:])"
 )
-_RATIO = re.compile(r"(?<![0-9:])(?<![0-9][.,])([0-9]{1,9}):([0-9]{1,9})(?![0-9:])")
+_RATIO = re.compile(r"(?=[0-9])(?<![0-9:])(?<![0-9][.,])([0-9]{1,9}):([0-9]{1,9})(?![0-9:])")
 
 
 def _read_time(match: re.Match[str]) -> str:
