@@ -1,7 +1,7 @@
 """A long time of everything at once: random requests, cancellations, deadlines, and failures on purpose.
 
-    python benchmarks/soak.py [--seconds 600] [--device cuda] [--gpus N] [--batch 256] [--tiny] [--samples 48]
-                              [--rest 35] [--seed 0] [--model FOLDER] [--out FILE]
+    python benchmarks/soak.py [--seconds 600] [--device cuda] [--gpus N] [--share] [--batch 256] [--tiny]
+                              [--samples 48] [--rest 35] [--seed 0] [--model FOLDER] [--out FILE]
 
 Some requests are spoken quietly first, one after the other; then three threads and an event loop submit them and
 others, streamed and whole, cancel some and give others little time, while steps fail, memory runs out, sequences make
@@ -9,6 +9,8 @@ numbers that are not finite and, with several devices, a device's process is kil
 have ended exactly once; those that were spoken quietly must have the same bits again; memory of the host and of the
 GPU must be flat (looked at when for a moment nothing is on its way); and no thread, process, open file or shared
 memory may be left. Exit code 1 where that is not so.
+
+--gpus N has a process for each; with --share all of them use one GPU, or with --device cpu the CPU.
 
 Failures of a device come `--rest` seconds apart, since a device that fails three times in 30 s is used no more.
 """
@@ -37,11 +39,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.soak_faults import install, write_plan
+from benchmarks.soak_faults import VARIABLE, install, write_plan
 from benchmarks.soak_memory import Memory, Traces
 from benchmarks.soak_requests import DEADLINES, Asked, Tally, Wanted, draw
 from soprano_cupy import Busy, SopranoError, SopranoTTS
 from soprano_cupy.config import SAMPLE_RATE_HZ
+from soprano_cupy.crowd import plan
 from soprano_cupy.crowd.speech import Speech
 from soprano_cupy.testing import SOPRANO_1_1_80M, TINY, make_checkpoint
 
@@ -51,6 +54,7 @@ KNOWN = 0.4  # of all requests are among those spoken quietly
 CANCELLED = 0.12
 LOOK_S = 0.8  # from one look at the memory to the next, at least
 QUIET_S = 20.0  # that what is on its way then may take
+BACK_S = 60.0  # that a device may take to be set up anew
 ANSWER_S = 60.0  # after the last submission, until everything must have ended
 
 
@@ -254,12 +258,20 @@ def quiet(tts: SopranoTTS, count: int, longest: int, seed: int) -> list[tuple[Wa
     return [(one, one.submit(tts).result(120)) for one in wanted]
 
 
+def all_back(crowd: Any, count: int) -> int:
+    """The devices that work, once all do, or after a while."""
+    end = time.monotonic() + BACK_S
+    while len(crowd.devices) < count and time.monotonic() < end:
+        time.sleep(0.05)
+    return len(crowd.devices)
+
+
 def plan_faults(options: argparse.Namespace) -> tuple[int, list[float]]:
     """Write when which device fails; how often that is, and when a process is killed."""
     begin = time.monotonic()
     rng = random.Random(options.seed + 1)
     several = len(options.devices) > 1
-    steps: dict[str, list[tuple[float, str]]] = {name: [] for name in options.devices}
+    steps: dict[str, list[tuple[float, str]]] = {name: [] for name in options.devices}  # of one name, all at once
     kills: list[float] = []
     at, turn, count = begin + min(options.rest, options.seconds / 4), 0, 0
     while at < begin + options.seconds * 0.9:
@@ -277,6 +289,11 @@ def plan_faults(options: argparse.Namespace) -> tuple[int, list[float]]:
 
 def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run it; what is to be told."""
+    if len(options.devices) > 1:
+        plan.OPENER = "benchmarks.soak_faults:Voice"
+        if options.share or options.device == "cpu":
+            plan.device_names = lambda *_: options.devices
+            plan.wants_processes = lambda names: True
     install(options.device)
     gc.collect()
     traces, logged = Traces(gpu=options.device != "cpu"), Logged()
@@ -285,7 +302,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     logger.propagate = False
     begin = time.perf_counter()
     with SopranoTTS(
-        folder, device=options.devices[0], devices=options.devices, max_batch=options.batch,
+        folder, device=options.devices[0], devices=sorted(set(options.devices)), max_batch=options.batch,
         max_queue=4 * options.batch, invariant=options.device != "cpu",
     ) as tts:  # fmt: skip
         known = quiet(tts, options.samples, options.longest, options.seed)
@@ -298,7 +315,7 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         begin = time.perf_counter()
         run.run(options.seconds, memory, kills, 1000 * options.seed)
         lasted = time.perf_counter() - begin
-        devices_left = len(crowd.devices)
+        devices_left = all_back(crowd, len(options.devices))
     del tts
     tally = run.tally
     for violation in (*memory.violations(), *traces.left()):
@@ -308,7 +325,8 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     say(f"{lasted:6.0f} s  {run.line()}  {memory.line()}")
     failures = {text: count for text, count in logged.counts.items() if "fail" in text or "process" in text}
     return {
-        "what": "soak", "devices": options.devices, "batch": options.batch, "seconds": lasted, "ready_s": ready_s,
+        "what": "soak", "line": run.line(), "devices": options.devices, "batch": options.batch,
+        "seconds": lasted, "ready_s": ready_s,
         "submitted": tally.submitted, "answered": tally.answered, "compared": tally.compared,
         "cancelled": tally.cancelled, "late": tally.late, "failed": tally.failed, "busy": tally.busy,
         "times_real_time": tally.sound_samples / SAMPLE_RATE_HZ / lasted, "step_failures_planned": planned,
@@ -322,6 +340,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--share", action="store_true", help="all processes on one GPU")
     parser.add_argument("--batch", type=int, help="sentences at once on a device; 256, on a CPU 8")
     parser.add_argument("--tiny", action="store_true", help="a tiny model")
     parser.add_argument("--samples", type=int, default=48, help="requests that are spoken quietly first")
@@ -332,7 +351,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.batch = options.batch or (8 if options.device == "cpu" else 256)
-    options.devices = ["cpu"] if options.device == "cpu" else [f"cuda:{i}" for i in range(options.gpus)]
+    name = "cpu" if options.device == "cpu" else "cuda:0"
+    options.devices = [f"cuda:{i}" for i in range(options.gpus)]
+    if options.share or options.device == "cpu":
+        options.devices = [name] * options.gpus
     return options
 
 
@@ -344,11 +366,15 @@ def main() -> int:
         if folder is None:
             config = TINY if options.tiny else SOPRANO_1_1_80M
             folder = make_checkpoint(scratch, seed=8, config=config, mean_tokens=60)
+        notes = Path(scratch, "notes")
+        notes.mkdir()
+        os.environ[VARIABLE] = str(notes)
         result = soak(options, folder)
     text = json.dumps(result, indent=1)
     if options.out is not None:
         options.out.write_text(text + "\n", encoding="utf-8")
     say(text)
+    say(result["line"])
     say("FAILED" if result["violations"] else "passed")
     return 1 if result["violations"] else 0
 

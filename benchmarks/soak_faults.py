@@ -1,24 +1,30 @@
 """What a soak breaks on purpose: devices whose steps fail at given times, and sequences whose numbers are poisoned.
 
-The plan travels in the environment, so that processes that serve a crowd find it too; its times are those of
-`time.monotonic`, which all processes of a machine share.
+The plan is a file in a folder that the environment names, so that processes that serve a crowd find it too; its times
+are those of `time.monotonic`, which all processes of a machine share. Each process tells there, too, how much memory of
+a GPU it has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from soprano_cupy.crowd.device import Entry
+from soprano_cupy.crowd.processes_worker import SopranoVoice
 from soprano_cupy.crowd.runner_device import RunnerDevice
 from soprano_cupy.errors import DeviceError
 
-VARIABLE = "SOPRANO_SOAK_FAULTS"
+VARIABLE = "SOPRANO_SOAK_FOLDER"
+PLAN, TELL_S = "plan.json", 0.2
 POISONED_ALWAYS, POISONED_ONCE = 13, 14  # a seed's bits from the 32nd on: numbers that are not finite, on purpose
 NAN_BFLOAT16 = 0x7FC0
 INJECTED = "injected"
@@ -26,7 +32,9 @@ INJECTED = "injected"
 
 def write_plan(begin: float, steps: dict[str, list[tuple[float, str]]]) -> None:
     """Poison from `begin` on; steps of a device, by its name, that fail: when, and "launch" or "memory"."""
-    os.environ[VARIABLE] = json.dumps({"begin": begin, "steps": steps})
+    path = Path(os.environ[VARIABLE]) / PLAN
+    path.with_suffix(".new").write_text(json.dumps({"begin": begin, "steps": steps}), encoding="ascii")
+    path.with_suffix(".new").rename(path)
 
 
 def poison_of(seed: int | None) -> int:
@@ -37,18 +45,20 @@ class Faults:
     """The plan as one process follows it."""
 
     def __init__(self) -> None:
-        self._text: str | None = None
+        self._born = time.monotonic()
+        self._read_already = False
         self._begin = float("inf")
         self._steps: dict[str, list[tuple[float, str]]] = {}
         self._poisoned: set[tuple[int, int]] = set()
 
     def _read(self) -> None:
-        text = os.environ.get(VARIABLE)
-        if text != self._text and text is not None:
-            plan = json.loads(text)
-            self._begin = plan["begin"]
-            self._steps = {name: [(at, kind) for at, kind in steps] for name, steps in plan["steps"].items()}
-        self._text = text
+        path = Path(os.environ.get(VARIABLE, "/nowhere")) / PLAN
+        if self._read_already or not path.exists():
+            return
+        plan = json.loads(path.read_text(encoding="ascii"))
+        self._begin = plan["begin"]  # what was to happen before this process was started has happened to another
+        self._steps = {name: [step for step in steps if step[0] > self._born] for name, steps in plan["steps"].items()}
+        self._read_already = True
 
     def step(self, name: str) -> None:
         """Raise what a step of this device is to raise by now."""
@@ -76,6 +86,30 @@ class Faults:
 
 
 FAULTS = Faults()
+
+
+class Voice(SopranoVoice):
+    """What a process of a crowd opens here: the ordinary voice, whose device fails as the plan says."""
+
+    def __init__(self, **options: Any) -> None:
+        install(options["device"])
+        super().__init__(**options)
+        threading.Thread(target=tell_gpu_memory, args=(options["device"],), daemon=True).start()
+
+
+def tell_gpu_memory(device: str) -> None:
+    """Write down what CuPy holds for this process, again and again; everything large comes from there."""
+    path = Path(os.environ[VARIABLE]) / str(os.getpid())
+    while device != "cpu" and path.parent.is_dir():
+        with contextlib.suppress(OSError):  # the folder is gone: the run is over
+            path.write_text(str(held_bytes()), encoding="ascii")
+        time.sleep(TELL_S)
+
+
+def held_bytes() -> int:
+    import cupy
+
+    return int(cupy.get_default_memory_pool().total_bytes())
 
 
 def install(device: str) -> None:

@@ -105,6 +105,8 @@ class Tally:
             self.failed += 1
             if not isinstance(error, (DeviceError, Closed)):
                 self.wrong(f"{type(error).__name__}: {error}")
+            if "made to fit" in str(error):  # what is invariant always fits
+                self.wrong(f"a stream did not go on as it had begun: {asked.wanted.options}")
             if asked.wanted.poison == POISONED_ALWAYS and "not finite" not in str(error):
                 self.wrong(f"a poisoned request failed otherwise: {error}")
 

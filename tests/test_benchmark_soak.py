@@ -20,9 +20,12 @@ PROJECT = Path(__file__).resolve().parents[1]
 OPTIONS: dict[str, Any] = {"stream": False, "dtype": np.float32, "seed": 1}
 
 
-def test_seconds_of_everything(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("gpus", "rest"), [(1, 2.0), (2, 1.2)])
+def test_seconds_of_everything(tmp_path: Path, gpus: int, rest: float) -> None:
+    """In one process, and in two of which one is killed."""
     out = tmp_path / "soak.json"
-    options = ["--device", "cpu", "--tiny", "--seconds", "5", "--samples", "8", "--rest", "2", "--out", str(out)]
+    options = ["--device", "cpu", "--tiny", "--seconds", "5", "--samples", "8", "--out", str(out)]
+    options += ["--gpus", str(gpus), "--rest", str(rest)]
     command = [sys.executable, str(PROJECT / "benchmarks" / "soak.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -30,7 +33,11 @@ def test_seconds_of_everything(tmp_path: Path) -> None:
     assert result["violations"] == []
     assert result["submitted"] == sum(result[name] for name in ("answered", "cancelled", "late", "failed"))
     assert min(result[name] for name in ("answered", "compared", "cancelled", "late")) > 0
-    assert result["step_failures_planned"] == sum(result["failures_logged"].values()) == 2
+    logged = result["failures_logged"]
+    assert result["step_failures_planned"] >= 2
+    assert sum(count for text, count in logged.items() if "injected" in text) == gpus * result["step_failures_planned"]
+    assert result["kills_planned"] == gpus - 1
+    assert sum(count for text, count in logged.items() if "SIGKILL" in text) == gpus - 1
 
 
 @pytest.mark.parametrize(
