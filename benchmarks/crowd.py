@@ -4,7 +4,7 @@
                                [--seconds 1.5] [--model FOLDER] [--invariant] [--plot FILE.png] [--out FILE]
 
 The checkpoint is a random one of Soprano-1.1-80M's shape unless --model names another. Texts are random words of 20 to
-200 characters; each sentence is held to between 40 and 200 tokens, drawn at random, 120 on average: 7.7 s of sound.
+200 characters; their sentences are held to between 40 and 200 tokens, drawn at random, 120 on average: 7.7 s of sound.
 
 crowd/throughput/B* seconds of sound in a second, texts in (normalised, cut and tokenised by one thread), 16-bit samples
 in host memory out, at most B sentences at once; crowd/tokens_in/B* the same from token ids; crowd/host/B* the per cent
@@ -42,6 +42,7 @@ from soprano_cupy.config import SAMPLE_RATE_HZ, TOKEN_SAMPLES
 from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.speech import Speech
 from soprano_cupy.generation import Request
+from soprano_cupy.sampling import SamplingParams
 from soprano_cupy.testing import SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER, TINY, make_checkpoint
 
 LIMIT = 83_000.0  # times real time, of an H200: the arithmetic of both networks at the rates it reaches
@@ -77,17 +78,9 @@ class Subject:
         return waits.of(self.crowd().devices[0])
 
     def request(self, text: str) -> list[Request]:
-        """A text's sentences with lengths drawn at random."""
-        params = self.tts_params()
-        return [replace(r, params=self._held(params)) for r in self.tts._requests(text, params)]
-
-    def tts_params(self) -> Any:
-        from soprano_cupy.sampling import SamplingParams
-
-        return SamplingParams(temperature=0.3, seed=self._random.getrandbits(32))
-
-    def _held(self, params: Any) -> Any:
-        return replace(params, max_new_tokens=self._random.randint(*self._tokens))
+        """A text's sentences, each as long as the same draw says."""
+        tokens, seed = self._random.randint(*self._tokens), self._random.getrandbits(32)
+        return self.tts._requests(text, SamplingParams(temperature=0.3, seed=seed, max_new_tokens=tokens))
 
     def memory(self) -> int:
         return sum(int(getattr(device, "nbytes", 0)) for device in self.crowd().devices)
