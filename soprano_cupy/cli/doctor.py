@@ -125,6 +125,9 @@ def _gpu() -> Iterator[Finding]:
     yield Finding(WELL, "driver", f"{_driver_version()}, for CUDA up to {driver}; CuPy was built with CUDA {built}")
     for index, text in enumerate(_gpus()):
         yield Finding(WELL, f"cuda:{index}", text)
+    if (count := runtime.getDeviceCount()) > 1:
+        names = ", ".join(f'"cuda:{index}"' for index in range(count))
+        yield Finding(WELL, "several GPUs", f"SopranoTTS(devices=[{names}]).submit has a process for each")
     yield from _cuda_libraries(cupy)
 
 
