@@ -18,7 +18,7 @@ from soprano_cupy.errors import DeviceError, ParameterError
 from soprano_cupy.generation import Request
 from soprano_cupy.gpu import persistent_choice, persistent_run, slots
 from soprano_cupy.gpu.batch import Batch
-from soprano_cupy.gpu.persistent import UNLIMITED, VOICES, Common
+from soprano_cupy.gpu.persistent import VOICES, Common
 from soprano_cupy.gpu.persistent_choice import StepTimes, measured_times, reason_against, reason_for
 from soprano_cupy.gpu.persistent_path import PersistentPath
 from soprano_cupy.gpu.persistent_run import ALONE, SHARED, PersistentRun
@@ -256,14 +256,19 @@ class FakeBatch:
         self.progress[slot] = count | status << 32 | (100 + count) << 40
 
     def step(self) -> None:
-        """The kernel makes a token of each voice, or ends."""
+        """The sampling kernel draws the first tokens; then the kernel makes one of each voice that runs, or ends."""
+        if not self.progress.all():
+            for slot in range(len(self.lengths)):
+                self.draw(slot)
+            return
         if self.stall_after == 0:
             self.report, self.left = 1 + 3, {}
             return
         self.stall_after -= 1
         for slot in list(self.left):
-            self.draw(slot)
-            self.left[slot] -= 1
+            if not slots.progress_status(int(self.progress[slot])):
+                self.draw(slot)
+                self.left[slot] -= 1
             if self.left[slot] == 0 or slots.progress_status(int(self.progress[slot])) or self.cancelled:
                 del self.left[slot]
         if not self.left:
@@ -271,10 +276,7 @@ class FakeBatch:
 
     def await_word(self, slot: int, word: int) -> None:
         assert int(self.progress[slot]) == word
-        if word == 0:
-            self.draw(slot)
-            return
-        if self.left:
+        while self.left and int(self.progress[slot]) == word:
             self.step()
         if int(self.progress[slot]) == word:
             raise DeviceError("the GPU is done")
@@ -327,6 +329,7 @@ def begin(path: PersistentPath, batches: list[FakeBatch], lengths: list[int]) ->
     batches.append(batch)
     path.decoder.batch = batch  # type: ignore[attr-defined]
     batch.run = PersistentRun(path, batch, FakeWords(batch), len(lengths))  # type: ignore[arg-type]
+    batch.run.start()
     return batch
 
 
@@ -371,20 +374,19 @@ def test_launches_are_short_while_others_wait(no_gpu: list[FakeBatch]) -> None:
 @pytest.mark.parametrize("whole", [False, True])
 def test_several_voices_stay_together(no_gpu: list[FakeBatch], whole: bool) -> None:
     decoder = StandIn()
-    batch = begin(path_of(decoder, "1"), no_gpu, [9, 1, 30])
+    batch = begin(path_of(decoder, "1"), no_gpu, [9, 1, ALONE + 7])
     for slot in (0, 1, 2):
         while advance(batch, slot, whole=whole):
             pass
-    assert counts(batch) == [9, 1, 30]
-    assert [(voices, common.budget) for voices, common in decoder.launches] == [(2, UNLIMITED)]  # one had ended
+    assert counts(batch) == [9, 1, ALONE + 7]
+    assert [(voices, common.budget) for voices, common in decoder.launches] == [(3, ALONE)] * 2
 
 
-def test_voices_that_end_with_their_first_token_need_no_kernel(no_gpu: list[FakeBatch]) -> None:
-    decoder = StandIn()
-    batch = begin(path_of(decoder, "1"), no_gpu, [1, 1])
+def test_voices_that_end_with_their_first_token(no_gpu: list[FakeBatch]) -> None:
+    batch = begin(path_of(StandIn(), "1"), no_gpu, [1, 1])
     assert advance(batch)
     assert counts(batch) == [1, 1]
-    assert decoder.launches == []
+    assert not advance(batch)
 
 
 @pytest.mark.parametrize("whole", [False, True])
@@ -403,16 +405,24 @@ def test_a_stall_goes_on_by_graphs(no_gpu: list[FakeBatch], whole: bool, caplog:
     assert not path.takes([request()])
 
 
-def test_a_launch_that_fails_goes_on_by_graphs(no_gpu: list[FakeBatch]) -> None:
+@pytest.mark.parametrize("error", [DeviceError("too many resources"), MemoryError("no room for the weights")])
+def test_a_launch_that_fails_goes_on_by_graphs(no_gpu: list[FakeBatch], error: Exception) -> None:
     decoder = StandIn()
-    decoder.raises = DeviceError("too many resources")
+    decoder.raises = error
     path = path_of(decoder, "1")
     batch = begin(path, no_gpu, [50])
-    while advance(batch):
-        pass
     assert batch.went_on == [False]
-    assert counts(batch) == [1]
-    assert path.failure == "too many resources"
+    assert not advance(batch)
+    assert path.failure == str(error)
+    assert path.users == 0
+
+
+def test_a_lost_context_ends_the_call(no_gpu: list[FakeBatch]) -> None:
+    decoder = StandIn()
+    decoder.raises = DeviceError("the context is gone")
+    decoder.raises.sticky = True  # type: ignore[attr-defined]
+    with pytest.raises(DeviceError, match="gone"):
+        begin(path_of(decoder, "1"), no_gpu, [50])
 
 
 def test_others_leave_the_kernel_at_the_end_of_their_launch(no_gpu: list[FakeBatch]) -> None:

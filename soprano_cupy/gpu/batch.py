@@ -108,6 +108,7 @@ class Batch:
         self.steps = 1  # asked for so far
         if self._path is not None and self._path.takes(requests):
             self._run = PersistentRun(self._path, self, self._words, len(requests))
+            self._run.start()
 
     def advance(self) -> None:
         """Ask for the next steps of all sequences."""
@@ -232,7 +233,7 @@ class Batch:
         counts, running = step.progress_count(words), step.progress_status(words) == step.RUNNING
         if not running.any():
             return
-        self.steps = int(counts[running].min())
+        self.steps = max(1, int(counts[running].min()))
         if again:
             held = [
                 np.concatenate((request.ids, self.tokens[slot, : counts[slot]])) if running[slot] else request.ids[:1]

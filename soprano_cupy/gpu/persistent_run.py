@@ -14,29 +14,33 @@ import numpy as np
 from ..errors import DeviceError
 from . import step
 from ._driver import MappedMemory, synchronize
-from .persistent import UNLIMITED, stalled
+from .persistent import stalled
 
 if TYPE_CHECKING:
     from .batch import Batch
     from .persistent_path import PersistentPath
 
-# Tokens of a launch of one voice: the next launch begins some 30 us after the end of the one before.
-ALONE, SHARED = 64, 16  # 10 ms and 2.5 ms, for which a second thread's voice may have to wait
+# Tokens of a launch; the next one begins some 30 us after its end.
+ALONE, SHARED = 64, 16  # of one voice 10 ms and 2.5 ms, for which a second thread's voice may have to wait
 REPORT_AT = 8
 
 
 class PersistentRun:
     """The sequences in slots 0 to count - 1 of a batch whose first tokens have been asked for. One thread uses it.
 
-    Whatever goes wrong with the kernel ends with `Batch.go_on`: the graphs continue where the kernel stood.
+    The kernel leaves those alone that have ended already, so it is launched right behind the first tokens. Whatever
+    goes wrong with it ends with `Batch.go_on`: the graphs continue where it stood.
     """
 
     def __init__(self, path: PersistentPath, batch: Batch, words: ControlWords, count: int) -> None:
         self._path, self._batch, self._words, self._count = path, batch, words, count
         self._launched = False
-        self._end = 0  # of one voice: its tokens at the end of the launch under way
-        words.reset()
+        self._end = 1  # tokens of a voice that still runs, once what has been asked for is done
         path.enter()
+
+    def start(self) -> None:
+        """Ask for the first tokens behind those of the prompt; nothing is waited for."""
+        self._launch()
 
     def await_change(self, slot: int, word: int, *, whole: bool = False) -> None:
         """Wait until something has happened to a slot whose progress word is `word`, and launch what is due.
@@ -44,10 +48,7 @@ class PersistentRun:
         whole: nobody listens yet, so the end of a launch is soon enough.
         """
         try:
-            if not self._launched:
-                self._await_first()
-                self._launch()
-            elif step.progress_count(word) >= self._end:
+            if step.progress_count(word) >= self._end:
                 self._await_report()
                 self._launch()
             elif whole and not self._words.ended:
@@ -69,15 +70,9 @@ class PersistentRun:
 
     # ---- within ----
 
-    def _running(self) -> list[int]:
+    def _running(self) -> bool:
         status = step.progress_status(self._batch.progress[: self._count])
-        return [int(slot) for slot in np.flatnonzero(status == step.RUNNING)]
-
-    def _await_first(self) -> None:
-        """The kernel continues sequences: their first tokens are the sampling kernel's."""
-        for slot in range(self._count):
-            if int(self._batch.progress[slot]) == 0:
-                self._batch.await_word(slot, 0)
+        return bool((status == step.RUNNING).any())
 
     def _await_report(self) -> None:
         self._words.await_report(self._batch.stream.ptr)
@@ -85,20 +80,17 @@ class PersistentRun:
             raise stalled(self._words.code)
 
     def _launch(self) -> None:
-        """All that still run; graphs take over where the kernel has failed somebody else meanwhile."""
-        batch, running = self._batch, self._running()
-        if not running:
-            return
-        if self._path.failure is not None:
+        """All sequences, also ended ones: how many there are decides about the bits of each."""
+        batch = self._batch
+        if self._path.failure is not None:  # by somebody else's launch
             batch.go_on(again=False)
             return
-        budget = UNLIMITED  # a voice's bits vary with how many are launched together, so these stay together
-        if self._count == 1:
-            budget = ALONE if self._path.users == 1 else SHARED
+        budget = ALONE if self._path.users == 1 else SHARED
         self._words.reset()
         common = batch.common(budget, cancel=self._words.device, report=self._words.device + REPORT_AT)
+        places = [batch.places(slot) for slot in range(self._count)]
         try:
-            self._path.decoder.launch(batch.stream.ptr, [batch.places(slot) for slot in running], common)
+            self._path.decoder.launch(batch.stream.ptr, places, common)
         except (DeviceError, MemoryError) as error:
             if getattr(error, "sticky", False):
                 raise
@@ -106,7 +98,7 @@ class PersistentRun:
             batch.go_on(again=False)
             return
         self._launched = True
-        self._end = max(step.progress_count(int(batch.progress[slot])) for slot in running) + budget
+        self._end += budget
 
     def _fall_back(self, error: DeviceError) -> None:
         """A wait has ended in an error: the kernel's own, behind which graphs go on, or another one."""
