@@ -28,7 +28,8 @@ PATIENCE_S = 1.0  # a whole sentence's audio is made as if it ran dry so long af
 PIECE_COST = 6  # states that a piece costs beside its own: what surrounds it is made again
 NEWEST_STEP = 0.05  # weight of a step's time in their mean
 GATHER_STEPS = 8  # that newcomers and whole sentences may wait for others, so that they are read and decoded together
-GATHER_PART = 16  # newcomers that need not wait: one for so many who generate, and who wait while prompts are read
+GATHER_PART = 16  # newcomers that need not wait: one for so many who generate, and who wait while prompts are read,
+GATHER_PROMPT = 128  # or as many as one call reads, of so many tokens each
 GATHER_FROM = 32  # who generate; below, a decoder's call is as good as any
 NEVER = np.iinfo(np.int64).max
 
@@ -88,7 +89,7 @@ class Driver:
         ready = min(room, self._scheduler.waiting)
         if not ready:
             return
-        few = ready < self.generating // GATHER_PART
+        few = ready < min(self.generating // GATHER_PART, self.device.prompt_rows // GATHER_PROMPT)
         if few and self._held_in < GATHER_STEPS and not self._scheduler.pressing(now):
             self._held_in += 1
             return
