@@ -24,7 +24,17 @@ from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.scheduler import Scheduler
 from soprano_cupy.crowd.speech import Speech
 from soprano_cupy.generation import Request
-from soprano_cupy.gpu import crowd_device, crowd_sizes, crowd_steps, forward, linear, program, vocos, vocos_slices
+from soprano_cupy.gpu import (
+    crowd_device,
+    crowd_sizes,
+    crowd_steps,
+    crowd_voices,
+    forward,
+    linear,
+    program,
+    vocos,
+    vocos_slices,
+)
 from soprano_cupy.gpu.crowd_device import GpuDevice, open_device
 from soprano_cupy.gpu.crowd_rows import BUCKETS, Rows, bucket_of, buckets_up_to
 from soprano_cupy.gpu.crowd_sizes import (
@@ -268,6 +278,20 @@ def test_fixed_kernels_speak_too(parts: Any, monkeypatch: pytest.MonkeyPatch) ->
     device = GpuDevice(model, decoder, CrowdSizes.plan(model.config, 4, MOST_PROMPT), invariant=True)
     for speech, samples in zip(speak(device, REQUESTS[:5], [Wish(stream=True)] * 5), alone, strict=True):
         np.testing.assert_array_equal(speech.result(), samples)
+
+
+def test_long_sentences_are_copied_by_threads(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All samples own their memory, and page-locked blocks come back, whoever copies."""
+    monkeypatch.setattr(crowd_voices, "CUT_BYTES", 0)
+    wishes = [Wish(stream=i % 2 == 0, pcm=i % 3 == 0) for i in range(6)]
+    device = device_of(parts, 3, monkeypatch)
+    speeches = speak(device, REQUESTS[:6], wishes)
+    assert len(device._voices._blocks) == crowd_voices.BLOCKS
+    device.close()
+    for i, speech in enumerate(speeches):
+        alone = speak(device_of(parts, 1, monkeypatch), [REQUESTS[i]], [wishes[i]])[0].result()
+        np.testing.assert_array_equal(speech.result(), alone)
+        assert speech.result().base is None or speech.result().base.nbytes == speech.result().nbytes
 
 
 def kernels_of(launches: list[Launch]) -> list[tuple[object, ...]]:

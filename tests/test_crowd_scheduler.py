@@ -200,6 +200,71 @@ def test_streams_never_run_dry_beside_books(step_s: float, monkeypatch: pytest.M
     assert max(stream.first_audio_s or 1e9 for stream in streams) <= (30 + 12) * step_s  # a slot, then its own pieces
 
 
+def full_house(slots: int, waiting: int = 0) -> Stage:
+    """Many who speak for long, in slots that end one by one, and some who wait."""
+    stage = Stage(Scheduler(), [slots])
+    stage.device().prompt_rows = 4096
+    for job in range(slots + waiting):
+        stage.scheduler.submit([sentence(job, 0, 60 + job)], Wish(), 0.0)
+    while stage.working[0].generating < slots:
+        stage.turn()
+    return stage
+
+
+def test_newcomers_are_gathered_where_many_speak() -> None:
+    """Each prefill keeps everybody waiting: it reads a sixteenth of them, or what has waited for eight steps."""
+    stage = full_house(128, waiting=128)
+    device = stage.device()
+    admissions: list[int] = []
+    admit = device.admit
+    device.admit = lambda entries: (admissions.append(len(entries)), admit(entries))  # type: ignore[assignment, func-returns-value]
+    asked = device.asked
+    while stage.scheduler.waiting:
+        stage.turn()
+    assert sum(admissions) == 128
+    assert len(admissions) <= 128 // 8 + (device.asked - asked) // 8
+    stage.run()
+    idle(stage)
+
+
+@pytest.mark.parametrize(("slots", "stream", "turns"), [(128, True, 1), (128, False, 9), (8, False, 1)])
+def test_streams_and_small_crowds_wait_for_nobody(slots: int, stream: bool, turns: int) -> None:
+    """One who comes when all but a few slots are taken."""
+    stage = Stage(Scheduler(), [slots])
+    stage.device().prompt_rows = 4096
+    for job in range(slots - 2):
+        stage.scheduler.submit([sentence(job, 0, 500)], Wish(), 0.0)
+    while stage.working[0].generating < slots - 2:
+        stage.turn()
+    stage.scheduler.submit([sentence(slots, 0, 30)], Wish(stream=stream), stage.clock.now)
+    waited = 0
+    while stage.scheduler.waiting:
+        stage.turn()
+        waited += 1
+    assert waited == turns
+    stage.run()
+    idle(stage)
+
+
+def test_whole_sentences_are_gathered_for_the_decoder() -> None:
+    """Fewer calls than sentences; none waits for more than eight steps."""
+    stage = full_house(64)
+    device = stage.device()
+    calls: list[int] = []
+    decode = device.decode
+    device.decode = lambda orders: (calls.append(len(orders)), decode(orders))  # type: ignore[assignment, func-returns-value]
+    device.decode_states = 1000
+    ended: dict[int, int] = {}
+    while stage.working[0].generating >= 32:
+        stage.turn()
+        for slot in stage.working[0]._orders:
+            ended.setdefault(slot, device.asked)
+            assert device.asked - ended[slot] <= 8
+    assert 1 <= len(calls) <= sum(calls) / 4
+    stage.run()
+    idle(stage)
+
+
 def test_pieces_of_a_stream_begin_early_and_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulated_device, "TOKEN_SAMPLES", 2048)
     stage = Stage(Scheduler(), [2])

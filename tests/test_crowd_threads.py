@@ -14,7 +14,7 @@ from concurrent.futures import CancelledError, as_completed, wait
 
 import numpy as np
 import pytest
-from simulated_device import Clock, Faults, SimulatedDevice, audio_of, sentence
+from simulated_device import TOKEN_SAMPLES, Clock, Faults, SimulatedDevice, audio_of, sentence
 
 from soprano_cupy import Busy, Closed, DeadlineExceeded, DeviceError, ParameterError
 from soprano_cupy.crowd.crowd import MAX_FAILURES, Crowd, Maker
@@ -302,3 +302,34 @@ def test_seconds_of_chaos() -> None:
         elif not speech.cancelled():
             assert isinstance(speech.exception(), (DeviceError, DeadlineExceeded))
     assert answered > len(speeches) / 3
+
+
+def test_who_waits_for_a_future_holds_nobody_up() -> None:
+    """While a callback does not return, others are heard; and a callback can close the crowd itself."""
+    with Crowd([maker()]) as crowd:
+        held, go = threading.Event(), threading.Event()
+
+        def hold(_: object) -> None:
+            held.set()
+            assert go.wait(20)
+
+        ask(crowd, 1).add_done_callback(hold)
+        assert held.wait(20)
+        other = ask(crowd, 2, stream=True)
+        chunks = iter(other)
+        heard = 0
+        while heard < 2 * 18 * TOKEN_SAMPLES:
+            heard += len(next(chunks))
+        assert not other.done()
+        go.set()
+        right(other, 2)
+        closed = threading.Event()
+
+        def close(_: object) -> None:
+            crowd.close()
+            closed.set()
+
+        ask(crowd, 3).add_done_callback(close)
+        assert closed.wait(20)
+        with pytest.raises(Closed):
+            ask(crowd, 4)
