@@ -274,7 +274,7 @@ class SopranoTTS:
         prompts = build_prompts(text, self._max_text_length)
         if not prompts:
             raise TextError(f"nothing to speak in {text!r:.60}; give at least one word or number")
-        return [Request(self._tokenizer.encode(prompt), params, index) for index, prompt in enumerate(prompts)]
+        return [Request(ids, params, index) for index, ids in enumerate(self._tokenizer.encode_batch(prompts))]
 
 
 def load_models(folder: Path, device: str, dtype: str, attention: str) -> tuple[Qwen3, VocosDecoder]:
