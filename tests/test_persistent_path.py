@@ -17,12 +17,15 @@ from soprano_cupy.cuda.module import DeviceFacts
 from soprano_cupy.errors import DeviceError, ParameterError
 from soprano_cupy.generation import Request
 from soprano_cupy.gpu import persistent_choice, persistent_run, slots
-from soprano_cupy.gpu.batch import Batch
+from soprano_cupy.gpu.batch import PROMPT_TABLES, SLOT_TABLES, Batch
+from soprano_cupy.gpu.batch_sizes import BatchSizes, upload_specs
+from soprano_cupy.gpu.batch_upload import Upload
 from soprano_cupy.gpu.persistent import VOICES, Common
 from soprano_cupy.gpu.persistent_choice import StepTimes, measured_times, reason_against, reason_for
 from soprano_cupy.gpu.persistent_path import PersistentPath
 from soprano_cupy.gpu.persistent_run import ALONE, SHARED, PersistentRun
 from soprano_cupy.sampling import SamplingParams
+from soprano_cupy.testing import SOPRANO_1_1_80M
 
 REAL = persistent_choice.STEP_US
 HOPPER, OTHER = (9, 0), (8, 0)
@@ -274,7 +277,7 @@ class FakeBatch:
         if not self.left:
             self.report = 1
 
-    def await_word(self, slot: int, word: int) -> None:
+    def await_word(self, slot: int, word: int, *, listened: bool) -> None:
         assert int(self.progress[slot]) == word
         while self.left and int(self.progress[slot]) == word:
             self.step()
@@ -464,29 +467,55 @@ def test_who_loses_interest_ends_the_launch(no_gpu: list[FakeBatch]) -> None:
 # ---- the way back ----
 
 
-def half_way(progress: list[int], tokens: list[list[int]]) -> tuple[Any, list[Any]]:
-    """A batch without a GPU, with voices in any state; and what it reads again."""
+class Tail:
+    """The program that draws the next tokens."""
+
+    def __init__(self) -> None:
+        self.runs = 0
+
+    def run(self, stream: int) -> None:
+        self.runs += 1
+
+
+def half_way(progress: list[int], tokens: list[list[int]]) -> tuple[Any, list[Any], Tail]:
+    """A batch without a GPU, with voices in any state; what it reads again, and the program behind that."""
     batch: Any = object.__new__(Batch)
-    batch._run = None
+    batch._run, batch._rows, batch.stream = None, len(progress), FakeStream()
     batch._requests = [request(length=3 + i) for i in range(len(progress))]
     batch.progress, batch.tokens = np.array(progress, np.uint64), np.array(tokens, np.int32)
     read: list[Any] = []
-    batch._read = lambda prompts, *, names: read.append(([p.tolist() for p in prompts], names))
-    return batch, read
+    tail = Tail()
+    batch._read = lambda prompts: read.append([p.tolist() for p in prompts])
+    batch._tail = lambda rows: tail
+    return batch, read, tail
 
 
 def test_graphs_read_again_what_was_said() -> None:
-    batch, read = half_way([2, 3 | slots.STOP << 32, 4], [[50, 51, 0, 0], [60, 61, 3, 0], [70, 71, 72, 73]])
+    batch, read, tail = half_way([2, 3 | slots.STOP << 32, 4], [[50, 51, 0, 0], [60, 61, 3, 0], [70, 71, 72, 73]])
     batch.go_on(again=True)
-    ((prompts, names),) = read
-    assert prompts == [[4, 5, 6, 50, 51], [4], [4, 5, 6, 7, 8, 70, 71, 72, 73]]
-    assert "slots" not in names  # the records are the kernel's
-    assert "seen" not in names
-    assert batch.steps == 3
+    assert read == [[[4, 5, 6, 50, 51], [4], [4, 5, 6, 7, 8, 70, 71, 72, 73]]]
+    assert (batch.steps, tail.runs) == (3, 1)
 
 
 def test_graphs_take_over_what_the_kernel_has_left() -> None:
-    batch, read = half_way([2, 1 | slots.LENGTH << 32], [[50, 51], [60, 0]])
+    batch, read, tail = half_way([2, 1 | slots.LENGTH << 32], [[50, 51], [60, 0]])
     batch.go_on(again=False)
-    assert read == []
-    assert batch.steps == 2
+    assert (read, batch.steps, tail.runs) == ([], 2, 0)
+
+
+def test_what_has_ended_needs_no_graphs() -> None:
+    batch, read, tail = half_way([2 | slots.STOP << 32], [[50, 3]])
+    batch.go_on(again=True)
+    assert (read, tail.runs) == ([], 0)
+
+
+def test_uploads_that_lie_side_by_side_go_together() -> None:
+    upload: Any = object.__new__(Upload)
+    upload._offsets = {
+        name: 256 * place for place, name in enumerate(upload_specs(SOPRANO_1_1_80M, BatchSizes(1, 8, 8)))
+    }
+    assert upload._runs(SLOT_TABLES) == [["slots", "seen", "slot_of_row"]]
+    assert upload._runs(PROMPT_TABLES) == [["starts", "lengths", "ids", "row_slots", "row_positions"]]
+    assert upload._runs(("ids", "slots", "seen")) == [["slots", "seen"], ["ids"]]
+    assert upload._runs(()) == []
+    assert {*SLOT_TABLES, *PROMPT_TABLES} == set(upload._offsets)

@@ -45,6 +45,9 @@ logger = logging.getLogger(__name__)
 
 Array = Any  # cupy.ndarray
 
+SLOT_TABLES = ("slots", "seen", "slot_of_row")  # of an upload: what the sampling kernel needs
+PROMPT_TABLES = ("starts", "lengths", "ids", "row_slots", "row_positions")  # what a prefill needs
+SPIN_S, LISTENER_SPIN_S = 50e-6, 1e-3  # that a wait looks without a pause; behind that, sleeps of 20 us take 70
 PROMPT_CLASSES = (16, 64, 256, 1024)  # most rows of a prefill program; beyond, what the arena holds
 STEPS = 2  # of a graph
 AHEAD = 6  # steps under way before the host waits
@@ -103,8 +106,10 @@ class Batch:
         self._rows = bucket_of(len(requests))
         self._slot_of_row = np.arange(len(requests))
         self.progress[:] = 0
-        self._upload.slots(requests, self.sizes, give_up=give_up)
         self._read([r.ids for r in requests])
+        self._upload.slots(requests, self.sizes, give_up=give_up)  # while the prompts are being read
+        self._upload.send(self.stream.ptr, SLOT_TABLES)
+        self._tail(self._rows).run(self.stream.ptr)
         self.steps = 1  # asked for so far
         if self._path is not None and self._path.takes(requests):
             self._run = PersistentRun(self._path, self, self._words, len(requests))
@@ -126,11 +131,15 @@ class Batch:
                 continue
             while self.steps < count + AHEAD:
                 self.advance()
-            self.await_word(slot, word)
+            self.await_word(slot, word, listened=True)
 
-    def await_word(self, slot: int, word: int) -> None:
-        """Wait until a slot's progress word is no longer `word`; `DeviceError` where nothing will change it."""
-        self._progress_memory.wait(8 * slot, word, self.stream.ptr, changed=True, nbytes=8)
+    def await_word(self, slot: int, word: int, *, listened: bool = False) -> None:
+        """Wait until a slot's progress word is no longer `word`; `DeviceError` where nothing will change it.
+
+        listened: somebody waits for this very token, which is worth a busy core.
+        """
+        spin_s = LISTENER_SPIN_S if listened else SPIN_S
+        self._progress_memory.wait(8 * slot, word, self.stream.ptr, changed=True, nbytes=8, spin_s=spin_s)
 
     def finish(self, count: int) -> list[int]:
         """Generate slots 0 to count - 1 to their ends; their last progress words."""
@@ -184,22 +193,21 @@ class Batch:
         with contextlib.suppress(DeviceError):
             self._leave_kernel()
 
-    def _read(self, prompts: Sequence[np.ndarray], *, names: Sequence[str] = ()) -> None:
-        """The prompts of slots 0, 1, ..., and the token behind each; `names`: what to send instead of everything."""
+    def _read(self, prompts: Sequence[np.ndarray]) -> None:
+        """The prompts of slots 0, 1, ..., ready for the first tokens."""
         first = 0
         for group in prompt_groups([len(ids) for ids in prompts], prompt_capacity(self.sizes)):
             if first:
                 self.stream.synchronize()  # the tables are read from the host's memory until then
-            self._prefill([prompts[i] for i in group], first, names)
+            self._prefill([prompts[i] for i in group], first)
             first += len(group)
-        self._tail(self._rows).run(self.stream.ptr)
 
-    def _prefill(self, prompts: Sequence[np.ndarray], first: int, names: Sequence[str]) -> None:
+    def _prefill(self, prompts: Sequence[np.ndarray], first: int) -> None:
         """The prompts of slots first, first + 1, ...: their keys and values, and the last row of each."""
         lengths = [len(ids) for ids in prompts]
         rows, longest = sum(lengths), max(lengths)
         self._upload.prompts(prompts, first)
-        self._upload.send(self.stream.ptr, names)
+        self._upload.send(self.stream.ptr, PROMPT_TABLES)
         program = self._prompt_program(rows, len(prompts), first)
         program.run(self.stream.ptr, rows=rows, sequences=len(prompts), longest=longest)
 
@@ -239,7 +247,8 @@ class Batch:
                 np.concatenate((request.ids, self.tokens[slot, : counts[slot]])) if running[slot] else request.ids[:1]
                 for slot, request in enumerate(self._requests)
             ]
-            self._read(held, names=("starts", "lengths", "ids", "row_slots", "row_positions"))
+            self._read(held)  # the slots' own records are as the kernel left them
+            self._tail(self._rows).run(self.stream.ptr)
             self.steps += 1
 
     def _leave_kernel(self) -> None:

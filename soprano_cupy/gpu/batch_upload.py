@@ -59,9 +59,20 @@ class Upload:
         views["slot_of_row"][: len(slots)] = slots
 
     def send(self, stream: int, names: Sequence[str] = ()) -> None:
-        """Copy everything, or only these buffers, to the GPU, in the stream's order."""
+        """Copy everything, or only these buffers, to the GPU, in the stream's order; those side by side go together."""
         if not names:
             copy(self._target, self._memory.host, self._memory.nbytes, stream)
-        for name in names:
-            offset = self._offsets[name]
-            copy(self._target + offset, self._memory.host + offset, self._views[name].nbytes, stream)
+        for run in self._runs(names):
+            begin, end = self._offsets[run[0]], self._offsets[run[-1]] + self._views[run[-1]].nbytes
+            copy(self._target + begin, self._memory.host + begin, end - begin, stream)
+
+    def _runs(self, names: Sequence[str]) -> list[list[str]]:
+        """The names in the order of their places, cut where others lie between them."""
+        order = {name: place for place, name in enumerate(self._offsets)}
+        runs: list[list[str]] = []
+        for name in sorted(names, key=order.__getitem__):
+            if runs and order[runs[-1][-1]] + 1 == order[name]:
+                runs[-1].append(name)
+            else:
+                runs.append([name])
+        return runs

@@ -54,7 +54,7 @@ class PersistentRun:
             elif whole and not self._words.ended:
                 self._await_report()
             else:
-                self._batch.await_word(slot, word)
+                self._batch.await_word(slot, word, listened=not whole)
         except DeviceError as error:
             self._fall_back(error)
 

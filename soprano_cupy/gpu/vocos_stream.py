@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..runner import DecoderStream
 from . import program, vocos_plan
 from .arena import Arena
 from .vocos_plan import Capacity, Plan, RowRange
-from .vocos_tables import FIRST_HOP, Piece, Progress, build_tables, margins, stream_piece
+from .vocos_tables import FIRST_HOP, Piece, Progress, Tables, build_tables, margins, stream_piece
 from .vocos_upload import HostTables
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ class StreamTable:
         """The samples of the pieces' hops, float32, where each piece's `output` put them; waits for the GPU."""
         from ._driver import synchronize
 
-        tables = build_tables(pieces, 1)
+        tables = _tables_of(pieces[0]) if len(pieces) == 1 else build_tables(pieces, 1)
         self._tables.send(tables, self._stream.ptr, samples=self._samples.device)
         launches = self._program(len(tables.rows))
         launches.run(self._stream.ptr, len(tables.rows), len(tables.tokens), len(tables.spans))
@@ -162,6 +163,12 @@ class StreamTable:
 
         self._left.record(self._stream.ptr)
         self._left.hold(cupy.cuda.get_current_stream().ptr)
+
+
+@lru_cache(maxsize=1024)
+def _tables_of(piece: Piece) -> Tables:
+    """Of one voice by itself: the next utterance in the same slot has the same pieces, and their tables are at hand."""
+    return build_tables([piece], 1)
 
 
 class GpuStream(DecoderStream):
