@@ -17,6 +17,7 @@ from soprano_cupy import DeviceError, Qwen3, SopranoTTS
 from soprano_cupy.device import to_host
 from soprano_cupy.generation import Generation
 from soprano_cupy.gpu import persistent_run
+from soprano_cupy.gpu.persistent import UNLIMITED
 from soprano_cupy.sampling import penalise
 from soprano_cupy.testing import SOPRANO_1_1_80M, make_checkpoint
 
@@ -164,7 +165,7 @@ def test_streams_say_what_infer_says(
 
 def test_audio_comes_while_the_kernel_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tts = voice(folder, monkeypatch, "1")
-    monkeypatch.setattr(persistent_run, "ALONE", persistent_run.UNLIMITED)
+    monkeypatch.setattr(persistent_run, "ALONE", UNLIMITED)
     tokens: list[int] = []
     from soprano_cupy.gpu import rounds
 
@@ -188,16 +189,16 @@ def test_audio_comes_while_the_kernel_runs(folder: Path, monkeypatch: pytest.Mon
 
 def test_a_stream_that_is_closed_ends_the_launch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tts = voice(folder, monkeypatch, "1")
-    monkeypatch.setattr(persistent_run, "ALONE", persistent_run.UNLIMITED)
+    monkeypatch.setattr(persistent_run, "ALONE", UNLIMITED)
     whole = list(tts.infer_stream(TEXT))
-    batches = tts.engine.language_model._idle
+    model = tts.engine.language_model
     for _ in range(20):
         stream = tts.infer_stream(TEXT)
         np.testing.assert_array_equal(next(stream), whole[0])
         stream.close()  # type: ignore[attr-defined]
-        made = max(int(batch.progress[0]) & 0xFFFFFFFF for batch in batches)
+        made = max(int(batch.progress[0]) & 0xFFFFFFFF for batch in model._idle)
         assert made < len(whole) // 2
-        assert tts.engine.language_model.persistent.users == 0
+        assert model.persistent.users == 0
     for piece, expected in zip(tts.infer_stream(TEXT), whole, strict=True):
         np.testing.assert_array_equal(piece, expected)
 
