@@ -23,6 +23,7 @@ from .vocos import GpuDecoder
 logger = logging.getLogger(__name__)
 
 FEWEST_SLOTS = 8  # below which a lack of memory is an error
+WAIT_S = 1e-4  # for audio; who has been submitted meanwhile does not wait longer
 
 
 def open_device(
@@ -126,10 +127,11 @@ class GpuDevice:
         return np.array(self._steps.tokens[slot, :count])
 
     def wait(self, seconds: float) -> None:
+        seconds = min(seconds, WAIT_S)
         if self._voices.busy:
             self._voices.wait(seconds)
         else:
-            time.sleep(min(seconds, 1e-4))  # slots that are about to be free
+            time.sleep(seconds)  # slots that are about to be free
 
     def close(self) -> None:
         """Wait until the GPU uses none of the memory, and give it back."""
