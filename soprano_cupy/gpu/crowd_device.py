@@ -137,6 +137,7 @@ class GpuDevice:
         """Wait until the GPU uses none of the memory, and give it back."""
         with contextlib.suppress(Exception):
             self._steps.wait(self._steps.mark())
+        with contextlib.suppress(Exception):
             self._voices.close()
         vars(self).pop("_steps", None)
         vars(self).pop("_voices", None)
