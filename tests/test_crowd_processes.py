@@ -221,6 +221,28 @@ def test_cancelling() -> None:
             right(ask(crowd, job), job)  # slots are free again
 
 
+def test_callbacks_may_take_their_time() -> None:
+    """They may submit and wait; nobody else's sound waits for them."""
+    with two() as crowd:
+        called, release = threading.Event(), threading.Event()
+        second: list[Speech] = []
+
+        def go_on(_: object) -> None:
+            second.append(ask(crowd, 10))
+            called.set()
+            release.wait(20)
+
+        ask(crowd, 8).add_done_callback(go_on)
+        assert called.wait(20)
+        stream = ask(crowd, 9, tokens=60, stream=True)
+        chunks = iter(stream)
+        np.testing.assert_array_equal(first := next(chunks), said(9, 60)[: len(first)])
+        assert not stream.done()  # of ends, that callback is told first
+        release.set()
+        right(second[0], 10)
+        right(stream, 9, 60)
+
+
 def test_deadlines() -> None:
     with two() as crowd:
         begin = time.monotonic()

@@ -8,7 +8,7 @@ deadlines and what is to become of the requests of a process that dies.
     processes.py          the front                        processes_station.py  one process, seen from the front
     processes_worker.py   the process                      processes_messages.py what they say to each other
     processes_channel.py  messages in bunches              processes_ring.py     samples
-    processes_ticket.py   a request, seen from the front
+    processes_ticket.py   a request, seen from the front   processes_teller.py   the thread that ends futures
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from .crowd import STALL_S
 from .job import Wish
 from .processes_ring import RingReader
 from .processes_station import Post, Station
+from .processes_teller import Teller
 from .processes_ticket import Ticket
 from .scheduler import MAX_FAULTS
 from .speech import Speech
@@ -64,8 +65,9 @@ class ProcessCrowd:
         self._stopped = False
         self._stations = [Station(self, post, index) for index, post in enumerate(posts)]
         self._watch = threading.Thread(target=self._look, name="soprano-front", daemon=True)
-        for station in self._stations:
-            station.start()
+        self._teller = Teller()
+        for thread in (self._teller, *self._stations):
+            thread.start()
         try:
             for station in self._stations:
                 station.started.wait()
@@ -150,6 +152,7 @@ class ProcessCrowd:
             for thread in (*self._stations, self._watch):
                 if thread.is_alive() and thread is not threading.current_thread():
                     thread.join()
+            self._teller.stop()
 
     def __enter__(self) -> ProcessCrowd:
         return self
@@ -213,8 +216,13 @@ class ProcessCrowd:
                 self._refusal = DeviceError(f"no device is left: {error}")
         for number in failed:
             self._end(number, DeviceError(str(error)))
+        self.flush()
         if nobody and isinstance(self._refusal, DeviceError):
             self._fail_all(self._refusal)
+
+    def flush(self) -> None:
+        """Tell the futures that have ended."""
+        self._teller.flush()
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
@@ -261,11 +269,12 @@ class ProcessCrowd:
             if not self._tickets:
                 self._changed.notify_all()
         if settle:
-            ticket.speech.settle(error)
+            self._teller.tell(ticket.speech, error)  # once somebody calls `flush`
 
     def _fail_all(self, error: Exception) -> None:
         for number in list(self._tickets):
             self._end(number, error)
+        self.flush()
 
     def _look(self) -> None:
         """End what has passed its deadline, and processes that give no sign of life."""
@@ -285,6 +294,7 @@ class ProcessCrowd:
             for number, ticket in late:
                 deadline_s = ticket.speak.wish.deadline_s
                 self._end(number, DeadlineExceeded(f"not spoken within {deadline_s:g} s (deadline)"))
+            self.flush()
             for station in self._stations:
                 if time.monotonic() - station.heard_at > self._stall_s:
                     station.kill(DeviceError(f"has given no sign of life for {self._stall_s:g} s"))

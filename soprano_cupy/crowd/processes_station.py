@@ -132,6 +132,7 @@ class Station(threading.Thread):
             while True:
                 for message in channel.exchange(LOOK_S):
                     self._handle(message, ring)
+                self._front.flush()
                 if ring.read != told:
                     told = ring.read
                     channel.post(say.Freed(told))
