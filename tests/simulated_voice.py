@@ -41,6 +41,9 @@ class Voice:
             os.kill(os.getpid(), signal.SIGKILL)
         if text == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+        if text.startswith("slowly"):
+            time.sleep(1)
+            text = text[6:]
         if text == "nothing":
             raise TextError("nothing to speak")
         if text == "a bug":

@@ -65,7 +65,7 @@ def right(speech: Speech, job: int, tokens: int = 20, sentences: int = 2) -> Non
 
 def place_of(crowd: ProcessCrowd, speech: Speech) -> int:
     """The station that has a request."""
-    (ticket,) = [ticket for ticket in crowd._tickets.values() if ticket.speech is speech]
+    (ticket,) = [ticket for ticket in crowd._ledger.tickets.values() if ticket.speech is speech]
     assert ticket.station is not None
     return crowd._stations.index(ticket.station)
 
@@ -204,6 +204,15 @@ def test_a_process_that_hangs() -> None:
         for job, speech in speeches.items():
             right(speech, job)
         until(lambda: len(crowd.devices) == 2)
+
+
+def test_nobody_waits_for_a_book_to_be_prepared() -> None:
+    with ProcessCrowd(posts({})) as crowd:
+        book = crowd.submit_text("slowly" + " " * 5000 + "8 2 20", PARAMS, Wish())
+        for job in range(9, 19):
+            right(ask(crowd, job), job)
+        assert not book.done()
+        right(book, 8)
 
 
 def test_cancelling() -> None:

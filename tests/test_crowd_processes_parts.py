@@ -16,9 +16,10 @@ from soprano_cupy import errors
 from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.processes_channel import Channel
 from soprano_cupy.crowd.processes_messages import Sound, Speak, packed, unpacked
+from soprano_cupy.crowd.processes_orders import Orders
+from soprano_cupy.crowd.processes_relay import AudioChannel
 from soprano_cupy.crowd.processes_ring import Ring, RingReader, RingWriter
 from soprano_cupy.crowd.processes_ticket import Ticket
-from soprano_cupy.crowd.processes_worker import AudioChannel
 from soprano_cupy.crowd.speech import Speech
 
 SIZE = 4096
@@ -101,6 +102,19 @@ def test_messages_come_in_order_whatever_their_size() -> None:
     with pytest.raises(EOFError):
         theirs.exchange(5)
     theirs.close()
+
+
+def test_streams_come_first_but_not_for_ever() -> None:
+    orders: Orders[int] = Orders()
+    for number in range(20):
+        orders.put(number, urgent=number >= 10)
+    found = [orders.get() for _ in range(20)]
+    assert found == [10, 11, 12, 13, 0, 14, 15, 16, 17, 1, 18, 19, 2, 3, 4, 5, 6, 7, 8, 9]
+    waiting = threading.Thread(target=lambda: found.append(orders.get()))
+    waiting.start()
+    orders.put(20, urgent=False)
+    waiting.join(5)
+    assert found[-1] == 20
 
 
 def test_samples_wait_for_room(ends: tuple[RingWriter, RingReader]) -> None:

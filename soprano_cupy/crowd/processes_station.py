@@ -21,7 +21,7 @@ from .processes_channel import Channel
 from .processes_ring import Ring, RingReader
 
 if TYPE_CHECKING:
-    from .processes import ProcessCrowd
+    from .processes_ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,12 @@ class Post:
 class Station(threading.Thread):
     """The thread that exchanges messages with one device's process, and starts it.
 
-    `facts`, `load`, `sent` and `ready` are written by the front, within its lock.
+    `facts`, `load`, `sent` and `ready` are written by the ledger, within its lock.
     """
 
-    def __init__(self, front: ProcessCrowd, post: Post, index: int, ring_bytes: int = RING_BYTES) -> None:
+    def __init__(self, ledger: Ledger, post: Post, index: int, ring_bytes: int = RING_BYTES) -> None:
         super().__init__(name=f"soprano-process-{index}", daemon=True)
-        self._front, self._post, self._ring_bytes = front, post, ring_bytes
+        self._ledger, self._post, self._ring_bytes = ledger, post, ring_bytes
         self._channel: Channel | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = 0.0  # when it was asked to end
@@ -113,10 +113,10 @@ class Station(threading.Thread):
             logger.error("%s: its process failed (%s); it is %s", self._post.name, error, what)
             if for_good:
                 break
-            self._front.lost(self, error)
+            self._ledger.lost(self, error)
         self.out = True
         self.started.set()
-        self._front.lost(self, self.error or DeviceError("the voice was closed"))
+        self._ledger.lost(self, self.error or DeviceError("the voice was closed"))
 
     def _serve_until_it_ends(self) -> Exception:
         """Start a process and exchange messages with it; why it ended."""
@@ -132,7 +132,7 @@ class Station(threading.Thread):
             while True:
                 for message in channel.exchange(LOOK_S):
                     self._handle(message, ring)
-                self._front.flush()
+                self._ledger.flush()
                 if ring.read != told:
                     told = ring.read
                     channel.post(say.Freed(told))
@@ -145,7 +145,7 @@ class Station(threading.Thread):
             self._failure = error
         finally:
             self.heard_at = float("inf")
-            self._front.gone(self)
+            self._ledger.gone(self)
             self._channel = None
             channel.close()
             code = _ended(process, END_S if self._failure is None else 1.0)
@@ -182,16 +182,16 @@ class Station(threading.Thread):
 
     def _handle(self, message: Any, ring: RingReader) -> None:
         if isinstance(message, say.Sound):
-            self._front.heard(self, message, ring)
+            self._ledger.heard(self, message, ring)
         elif isinstance(message, say.Ended):
-            self._front.ended(self, message)
+            self._ledger.ended(self, message)
         elif isinstance(message, say.State):
             self.state, self.heard_at = message, time.monotonic()
         elif isinstance(message, say.Log):
             logging.getLogger(message.logger).log(message.level, "%s: %s", self._post.name, message.text)
         elif isinstance(message, say.Ready):
             logger.info("%s: process %d, %d voices at once", self._post.name, message.pid, message.slots)
-            self._front.welcome(self, message)
+            self._ledger.welcome(self, message)
             self.started.set()
         elif isinstance(message, say.Failed):
             self._failure = say.unpacked(message.error)

@@ -1,7 +1,8 @@
 """A device's process: an ordinary crowd on one device, with texts prepared here, behind a channel and a ring.
 
-Three things go on beside the crowd's own threads: the main thread prepares texts and submits them; another exchanges
-messages and copies samples into the ring; and the process ends when the other end of the channel does, come what may.
+Beside the crowd's own threads, one prepares texts and submits them, another does so with long texts, which take long,
+and a third exchanges messages, copies samples into the ring, and ends the process when the other end of the channel
+does, come what may.
 """
 
 from __future__ import annotations
@@ -17,25 +18,23 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from typing import Any, Protocol
-
-import numpy as np
 
 from ..errors import DeadlineExceeded, DeviceError
 from ..generation import Request
 from ..sampling import SamplingParams
 from . import processes_messages as say
 from .crowd import Crowd
-from .driver import NOT_FINITE
 from .processes_channel import Channel
+from .processes_orders import Orders
+from .processes_relay import AudioChannel, Relay
 from .processes_ring import RingWriter
 
 SWITCH_S = 0.0005  # a crowd's thread and the preparing of texts take turns
 LOOK_S = 0.005  # from one look at what waits to the next
 LIFE_S = 5.0  # from one sign of life to the next
 END_S = 8.0  # that closing may take
-LARGEST_PIECE = 4  # a piece is at most one of so many parts of the ring
+LONG = 4000  # characters of a text that others do not wait for
 
 
 class Voice(Protocol):
@@ -60,102 +59,42 @@ class SopranoVoice:
         self.prepare = tts._requests
 
 
-class Relay:
-    """A request here, in the place of a `Speech`: hands on what it is given."""
-
-    __slots__ = ("_channel", "_over", "cancelled", "first_audio_s", "wanted")
-
-    def __init__(
-        self, channel: AudioChannel, wanted: say.Speak, over: Callable[[int, BaseException | None], bool]
-    ) -> None:
-        self.wanted, self.cancelled = wanted, False
-        self.first_audio_s: float | None = None
-        self._channel, self._over = channel, over
-
-    def add_chunk(self, samples: np.ndarray) -> None:
-        self._channel.post((self.wanted.number, samples))
-
-    def settle(self, error: BaseException | None) -> None:
-        if self.cancelled:
-            return
-        if not self._over(self.wanted.number, error):
-            self._channel.wake()
-            return
-        ended = say.Ended(self.wanted.number, None, False)
-        if error is not None:
-            cause = error.__cause__  # of those that tell of a failed device
-            of_device = isinstance(error, DeviceError) and cause is not None and not _not_finite(cause)
-            ended = say.Ended(self.wanted.number, say.packed(error), of_device)
-        self._channel.post(ended)
-
-
-class AudioChannel(Channel):
-    """A channel whose samples travel through the ring; what finds no room there waits, and all behind it."""
-
-    def __init__(self, connection: socket.socket, ring: RingWriter) -> None:
-        super().__init__(connection)
-        self._ring, self._full = ring, False
-
-    @property
-    def pending(self) -> bool:
-        return bool(self._posted) and not self._full
-
-    def freed(self, place: int) -> None:
-        """Everything in the ring before this place has been read."""
-        self._ring.freed(place)
-        self._full = False
-
-    def take(self) -> list[Any]:
-        taken: list[Any] = []
-        posted = self._posted
-        while posted:
-            message = posted[0]
-            if type(message) is tuple:  # samples
-                number, samples = message
-                most = self._ring.size // LARGEST_PIECE // samples.itemsize
-                place = self._ring.put(samples[:most])
-                if place is None:
-                    self._full = True
-                    break
-                taken.append(say.Sound(number, place, min(len(samples), most), samples.dtype.str))
-                if len(samples) > most:
-                    posted[0] = (number, samples[most:])
-                    continue
-            else:
-                taken.append(message)
-            posted.popleft()
-        return taken
-
-
 class Service:
-    """The process's own state, and its two threads."""
+    """The process's own state, and its three threads."""
 
     def __init__(self, connection: socket.socket, ring: RingWriter) -> None:
         self._channel = AudioChannel(connection, ring)
-        self._orders: queue.SimpleQueue[Any] = queue.SimpleQueue()  # for the main thread
+        self._setup: queue.SimpleQueue[say.Setup] = queue.SimpleQueue()
+        self._orders: tuple[Orders[Relay], Orders[Relay]] = (Orders(), Orders())  # short ones, long ones
         self._relays: dict[int, Relay] = {}
         self._crowd: Crowd | None = None
+        self._entry = threading.Lock()
         self._entering: Relay | None = None
-        self._received = self._prepared = 0  # requests, counted by a thread each
+        self._received, self._prepared = 0, [0, 0]  # requests, counted by a thread each
         self._told, self._told_at = say.State(0, 0), 0.0
         self._failed = False
         self._parent = os.getppid()
 
-    # -- the main thread ----------------------------------------------------------------------------------------------
+    # -- those that prepare -------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Open the voice and submit what comes; does not return."""
         threading.Thread(target=self._exchange_for_ever, name="soprano-channel", daemon=True).start()
         try:
-            voice = self._open(self._orders.get())
+            voice = self._open(self._setup.get())
         except Exception as error:
             self._fail(error)
             threading.Event().wait()  # until the other end has heard it, and closes the channel
+        threading.Thread(target=self._prepare_for_ever, args=(voice, 1), name="soprano-books", daemon=True).start()
+        self._prepare_for_ever(voice, 0)
+
+    def _prepare_for_ever(self, voice: Voice, which: int) -> None:
+        orders = self._orders[which]
         while True:
-            relay = self._orders.get()
+            relay = orders.get()
             if not relay.cancelled:
                 self._submit(voice, relay)
-            self._prepared += 1
+            self._prepared[which] += 1
 
     def _open(self, setup: say.Setup) -> Voice:
         _log_to(self._channel, setup.log_level)
@@ -176,8 +115,9 @@ class Service:
                 raise DeadlineExceeded(f"not spoken within {deadline_s:g} s (deadline)")
             what = wanted.what
             requests = what if isinstance(what, list) else voice.prepare(what, wanted.params or SamplingParams())
-            self._entering = relay
-            voice.crowd.submit(requests, wanted.wish, wanted.submitted)
+            with self._entry:
+                self._entering = relay
+                voice.crowd.submit(requests, wanted.wish, wanted.submitted)
         except Exception as error:
             relay.settle(error)
         if relay.cancelled:
@@ -205,7 +145,8 @@ class Service:
         if isinstance(message, say.Speak):
             relay = self._relays[message.number] = Relay(self._channel, message, self._over)
             self._received += 1
-            self._orders.put(relay)
+            long = isinstance(message.what, str) and len(message.what) > LONG
+            self._orders[long].put(relay, urgent=message.wish.stream)
         elif isinstance(message, say.Freed):
             self._channel.freed(message.place)
         elif isinstance(message, say.Cancel):
@@ -215,7 +156,7 @@ class Service:
                 if self._crowd is not None:
                     self._crowd.scheduler.cancelled(cancelled)  # type: ignore[arg-type]
         elif isinstance(message, say.Setup):
-            self._orders.put(message)
+            self._setup.put(message)
         else:
             self._end()
 
@@ -227,7 +168,7 @@ class Service:
 
     def _tell_state(self) -> None:
         """What waits, where that has changed; and from time to time a sign of life."""
-        waiting = self._received - self._prepared
+        waiting = self._received - sum(self._prepared)
         if self._crowd is not None:
             waiting += self._crowd.scheduler.waiting_requests
         state, now = say.State(self._received, waiting), time.monotonic()
@@ -249,10 +190,6 @@ class Service:
             with contextlib.suppress(Exception):
                 self._crowd.close()
         os._exit(0)
-
-
-def _not_finite(error: BaseException) -> bool:
-    return str(error) == NOT_FINITE
 
 
 class _LogHandler(logging.Handler):
