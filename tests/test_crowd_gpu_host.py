@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from compiling import registers_without_spills
 from crowd_standin import FACTS, CrowdStandIn
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +24,7 @@ from soprano_cupy.crowd.driver import Driver
 from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.scheduler import Scheduler
 from soprano_cupy.crowd.speech import Speech
+from soprano_cupy.cuda.compiler import Nvrtc
 from soprano_cupy.generation import Request
 from soprano_cupy.gpu import (
     crowd_device,
@@ -35,6 +37,7 @@ from soprano_cupy.gpu import (
     vocos,
     vocos_slices,
 )
+from soprano_cupy.gpu.arena import Arena
 from soprano_cupy.gpu.crowd_device import GpuDevice, open_device
 from soprano_cupy.gpu.crowd_rows import BUCKETS, Rows, bucket_of, buckets_up_to
 from soprano_cupy.gpu.crowd_sizes import (
@@ -45,6 +48,7 @@ from soprano_cupy.gpu.crowd_sizes import (
     slots_that_fit,
     staged_specs,
 )
+from soprano_cupy.gpu.crowd_upload import plan_enter
 from soprano_cupy.gpu.crowd_voices import voice_pieces
 from soprano_cupy.gpu.forward import RowRange
 from soprano_cupy.gpu.launch import Launch
@@ -320,6 +324,17 @@ def test_the_same_kernels_whatever_runs_beside(
     assert all(kernels == entries[0] for kernels in entries)
     attention = [s for rows in (1, 4, 256) for s in fixed.step_launches(rows) if s.kernel == "attention_step"]
     assert len({launch.grid[0] for launch in attention}) == 1
+
+
+@pytest.mark.parametrize("number", [75, 90, 120])
+def test_entering_compiles(parts: Any, nvrtc: Nvrtc, number: int) -> None:
+    if number not in nvrtc.architectures:
+        pytest.skip("NVRTC {}.{} does not compile for sm_{}".format(*nvrtc.version, number))
+    model, _, _ = parts
+    sizes = CrowdSizes.plan(model.config, 4, MOST_PROMPT)
+    arena = Arena(crowd_specs(model.config, sizes))
+    launch = plan_enter(arena, "float16" if number < 80 else "bfloat16")
+    assert max(registers_without_spills(nvrtc, number, launch)) <= 64
 
 
 def test_cancelled_sequences_leave_no_trace(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:

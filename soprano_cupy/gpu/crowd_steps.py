@@ -22,7 +22,7 @@ from . import program
 from .arena import Arena
 from .crowd_rows import Rows, buckets_up_to
 from .crowd_sizes import CrowdSizes, crowd_specs, packed_specs, staged_specs, step_rows_of
-from .crowd_upload import Staging, write_entries
+from .crowd_upload import Staging, plan_enter, write_entries
 from .forward import (
     Activations,
     Cache,
@@ -92,7 +92,6 @@ class CrowdSteps:
         self.progress[slots] = 0
         used = write_entries(self._entries.begin(), entries, rows, bucket, sizes.capacity, sizes.tokens)
         self._entries.send(self.stream.ptr, used)
-        self._scatter(len(entries))
         launched = self._entry_program(used["ids"], bucket)
         longest = max(len(entry.request.ids) for entry in entries)
         launched.run(self.stream.ptr, rows=used["ids"], sequences=bucket, longest=longest)
@@ -130,13 +129,6 @@ class CrowdSteps:
         """Wait for an event, letting other threads work; `DeviceError` where it does not come."""
         if not event.wait(ANSWER_S, spin_s=SPIN_S):
             raise DeviceError(f"the GPU has not answered within {ANSWER_S:g} s; see in nvidia-smi whether it hangs")
-
-    def _scatter(self, count: int) -> None:
-        """The records and masks of sequences that enter, to their slots."""
-        with self.stream:
-            slots = self._arena["entry_slots"][:count]
-            self._arena["slots"][slots] = self._arena["staged_slots"][:count]
-            self._arena["seen"][slots] = self._arena["staged_seen"][:count]
 
     def _pack(self) -> None:
         """Move the rows in use to the front, by way of the prompts' buffers."""
@@ -178,7 +170,6 @@ class CrowdSteps:
             self._program(key, lambda launches=launches: launches)
         for bucket in buckets_up_to(sizes.slots):
             self._graph(bucket)
-        self._scatter(1)  # which CuPy compiles: zeros to slot 0
         self.stream.synchronize()
         logger.info(
             "%d voices of up to %d tokens planned on the GPU: %.0f MB, %.1f s", self.sizes.slots, self.sizes.capacity,
@@ -203,7 +194,7 @@ class CrowdSteps:
         return self._program(key, lambda: self.entry_launches(span, bucket))
 
     def entry_launches(self, span: RowRange, bucket: int) -> list[Launch]:
-        """A prefill, and the first token of each prompt, in rows of the decode step."""
+        """To their slots, a prefill, and the first token of each prompt, in rows of the decode step."""
         pointer, forward = self._arena.pointer, self._forward
         names = ("ids", "row_slots", "row_positions", "starts", "queries", "new_keys", "new_values")
         tables = PromptTables(lengths=0, **{name: pointer(name) for name in names})
@@ -214,6 +205,7 @@ class CrowdSteps:
         entry = EntryPlaces(self._step, pointer("target_rows"), pointer("slot_of_row"))
         places = self._places(pointer("entry_slots"), pointer("entry_logits"))
         return [
+            plan_enter(self._arena, forward.dtype),
             *forward.prompt_layers(self._prompt, self._cache, tables, span, sizes),
             forward.gather(self._prompt, self._entry, tables.starts, bucket, 0),
             forward.head(self._entry, self._kernels(bucket, most, Symbol.SEQUENCES), places.logits),

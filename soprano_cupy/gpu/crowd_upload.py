@@ -12,9 +12,15 @@ from ..crowd.device import Entry
 from . import program
 from .arena import Arena
 from .batch_sizes import Specs
+from .launch import Launch, Symbol
 from .slots import seen_masks, slot_state
+from .step_launch import block_for_each, dtype_define, ints, make_launch, param_struct
 
 TURNS = 4  # tables under way
+ENTER_THREADS = 256
+ENTER_PARAMS = param_struct(
+    "staged_slots staged_seen entry_slots slots seen", *ints("entries record_words mask_words reserved")
+)
 
 
 class Staging:
@@ -52,6 +58,19 @@ class Staging:
             nbytes = count * views[name].strides[0]
             copy(self._target + offset, memory.host + offset, nbytes, stream)
         self._sent[self._turn].record(stream)
+
+
+def plan_enter(arena: Arena, dtype: str) -> Launch:
+    """The staged records and masks of as many entries as there are sequences, to their slots."""
+    words = {name: math.prod(arena[name].shape[1:]) * arena[name].dtype.itemsize // 4 for name in ("slots", "seen")}
+    addresses = {name: arena.pointer(name) for name in ("staged_slots", "staged_seen", "entry_slots", "slots", "seen")}
+    values = {
+        **addresses, "entries": Symbol.SEQUENCES, "record_words": words["slots"], "mask_words": words["seen"],
+    }  # fmt: skip
+    return make_launch(
+        "enter_slots.cu", "enter_slots", ENTER_PARAMS, values, defines=(dtype_define(dtype),),
+        blocks=(block_for_each(Symbol.SEQUENCES), 1, 1), threads=ENTER_THREADS,
+    )  # fmt: skip
 
 
 def write_entries(
