@@ -112,9 +112,11 @@ class CrowdSteps:
             self.wait(self._under_way[0])
             self._events.append(self._under_way.popleft())
         self._steps_since_packed += 1
-        if self._rows.best_bucket < self._rows.bucket and self._steps_since_packed >= PACK_EVERY:
+        bucket, best = self._rows.bucket, self._rows.best_bucket
+        if best < bucket and self._steps_since_packed >= PACK_EVERY:
             self._pack()
-        self._graph(self._rows.bucket).launch(self.stream.ptr)
+            bucket = best
+        self._graph(bucket).launch(self.stream.ptr)
         event = self._events.pop() if self._events else program.Event()
         event.record(self.stream.ptr)
         self._under_way.append(event)
