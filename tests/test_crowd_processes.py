@@ -380,3 +380,10 @@ def test_several_gpus_get_a_process_each() -> None:
     assert not plan.wants_processes(["cuda:0"])
     assert not plan.wants_processes(["cpu"])
     assert not plan.wants_processes(["cuda:0", "cpu"])
+
+
+def test_a_python_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for python, word in (("/nowhere/python", "cannot be started"), ("", "set_executable")):
+        monkeypatch.setattr("soprano_cupy.crowd.processes_station.get_executable", lambda python=python: python)
+        with pytest.raises(DeviceError, match=word):
+            ProcessCrowd(posts({}, {}))

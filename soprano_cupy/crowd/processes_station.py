@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from multiprocessing.spawn import get_executable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DeviceError
@@ -153,14 +154,15 @@ class Station(threading.Thread):
         return self._failure or DeviceError(f"process {process.pid} {_how(code)}")
 
     def _start(self) -> RingReader:
-        if not sys.executable:
-            raise OSError("it is not known where Python is (sys.executable)")
+        python = get_executable()  # a program with Python in it may have said where there is one to start
+        if not python:
+            raise OSError("it is not known where Python is; tell multiprocessing.set_executable")
         ours, theirs = socket.socketpair()
         file = Ring.create(self._ring_bytes)
         try:
             numbers = [str(number) for number in (theirs.fileno(), file, self._ring_bytes)]
             self._process = subprocess.Popen(
-                [sys.executable, "-c", START, *numbers, json.dumps(sys.path)],
+                [os.fsdecode(python), "-c", START, *numbers, json.dumps(sys.path)],
                 pass_fds=(theirs.fileno(), file), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
