@@ -122,7 +122,7 @@ class Station(threading.Thread):
     def _serve_until_it_ends(self) -> Exception:
         """Start a process and exchange messages with it; why it ended."""
         try:
-            ring = self._start()
+            ring = self._start_process()
         except OSError as error:
             return DeviceError(f"a process cannot be started: {error}")
         process, channel = self._process, self._channel
@@ -132,7 +132,7 @@ class Station(threading.Thread):
         try:
             while True:
                 for message in channel.exchange(LOOK_S):
-                    self._handle(message, ring)
+                    self._take_in(message, ring)
                 self._ledger.flush()
                 if ring.read != told:
                     told = ring.read
@@ -153,7 +153,7 @@ class Station(threading.Thread):
             ring.close()
         return self._failure or DeviceError(f"process {process.pid} {_how(code)}")
 
-    def _start(self) -> RingReader:
+    def _start_process(self) -> RingReader:
         python = get_executable()  # a program with Python in it may have said where there is one to start
         if not python:
             raise OSError("it is not known where Python is; tell multiprocessing.set_executable")
@@ -182,7 +182,7 @@ class Station(threading.Thread):
             channel.post(say.Close())
         return ring
 
-    def _handle(self, message: Any, ring: RingReader) -> None:
+    def _take_in(self, message: Any, ring: RingReader) -> None:
         if isinstance(message, say.Sound):
             self._ledger.heard(self, message, ring)
         elif isinstance(message, say.Ended):
