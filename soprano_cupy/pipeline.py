@@ -52,8 +52,9 @@ class SopranoTTS:
 
     For `submit` alone: max_batch, sentences spoken at once on a device (by default 8 on the CPU, 256 on a GPU, at most
     2,048); max_memory, bytes that their buffers may take of a GPU; max_queue, requests that may wait; devices, such as
-    ("cuda:0", "cuda:1"), all that share the work (by default `device` alone); invariant, on a GPU, the same bits
-    whatever is spoken beside, at some cost to small crowds (the CPU engine's never depend on that).
+    ("cuda:0", "cuda:1"), all that share the work, several GPUs in a process each (by default `device` alone);
+    invariant, on a GPU, the same bits whatever is spoken beside, at some cost to small crowds (the CPU engine's never
+    depend on that).
 
     `backend`, `cache_size_mb`, `decoder_batch_size` and `model_path` are accepted for programs written for the
     PyTorch package; only `model_path` has an effect: it is `model` by another name.
