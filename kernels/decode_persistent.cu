@@ -40,9 +40,14 @@ DEVICE void generate(const PersistentParams& p, Worker& worker, Choir& choir, co
     if (threadIdx.x == 0) store_flag_shared(worker.base + STOP_AT, 1u);
 }
 
-// The warp that tells the host: of the blocks that choose.
-DEVICE void serve_host(const PersistentParams& p, const Sampler& sampler) {
-    if (is_running(sampler.place)) sampler.run_clerk();
+// The warp that tells: of states, in the first cluster, and of tokens, in the blocks that choose.
+DEVICE void tell(const PersistentParams& p, const Worker& worker, const Sampler& sampler, bool chooses) {
+    const bool scribes = worker.cluster == 0 && worker.hidden.count() > 0;
+    bool tells = chooses && is_running(sampler.place);
+    for (unsigned number = 1; scribes || tells; ++number) {
+        if (scribes && !Choir::scribe(p, worker, number)) break;
+        tells = tells && sampler.tell(number);
+    }
     if (blockIdx.x != 0) return;
     while (all_lanes(load_flag_shared(sampler.base + STOP_AT) == 0)) pause();  // the team ends, one way or another
     if (lane_index() == 0 && p.report != nullptr) publish(p.report, 1ull + load_flag(p.layer.error));
@@ -58,7 +63,10 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
     Worker worker(params.layer, base, blockIdx.x / RANKS, blockIdx.x % RANKS, watch);
     begin_block(worker);
     if (chooses && warp_index() < TEAM_WARPS) sampler.begin();
-    if (threadIdx.x == 0) store_release(base + NEWS_AT + 4, 0u);
+    if (threadIdx.x == 0) {
+        store_release(base + NEWS_AT + 4, 0u);
+        for (int unit = 0; unit < Worker::UNITS; ++unit) store_release(base + STATED_AT + unit * 4, 0u);
+    }
     sync_cluster();
     if (warp_index() < TEAM_WARPS) {
         Choir choir(params, worker);
@@ -68,8 +76,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1)
         const char* stream = static_cast<const char*>(params.layer.stream) + blockIdx.x * params.layer.stream_bytes;
         Streamer streamer{base, watch, stream, work, params.layer.layers, true};
         streamer.run();
-    } else if (chooses) {
-        serve_host(params, sampler);
+    } else {
+        tell(params, worker, sampler, chooses);
     }
     linger(watch);
     sync_warp();

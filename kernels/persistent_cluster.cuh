@@ -11,8 +11,10 @@ constexpr int RECEIVERS = RANKS;  // that a rank sends to
 struct Exchange {
     unsigned base;
     Watch watch;
-    unsigned parities = 0;  // bit e: the parity of exchange e's next phase
-    bool alive = true;      // no wait has been given up: after one, phases mean nothing
+    // Bit e: the parity of exchange e's next phase. GIVEN_UP_BIT: a wait has been given up; phases mean nothing any more.
+    unsigned parities = 0;
+
+    static constexpr unsigned GIVEN_UP_BIT = 1u << 31;
 
     // All threads of the block, before the cluster's barrier.
     DEVICE void begin() {
@@ -38,9 +40,9 @@ struct Exchange {
     // All of an exchange is here. Every warp that computes calls this once for each use, whether it reads or not.
     template <int EXCHANGE> DEVICE void await() {
         constexpr unsigned BARRIER = exchange_barrier(EXCHANGE), BYTES = exchange_bytes(EXCHANGE);
-        alive = await_barrier(watch, base + BARRIER, parities >> EXCHANGE & 1u, 16 + EXCHANGE) && alive;
+        if (!await_barrier(watch, base + BARRIER, parities >> EXCHANGE & 1u, 16 + EXCHANGE)) parities |= GIVEN_UP_BIT;
         parities ^= 1u << EXCHANGE;
-        if (threadIdx.x == 0 && alive) barrier_expect(base + BARRIER, BYTES);
+        if (threadIdx.x == 0 && (parities & GIVEN_UP_BIT) == 0) barrier_expect(base + BARRIER, BYTES);
     }
     template <int EXCHANGE> DEVICE unsigned at() const {
         constexpr unsigned BUFFER = exchange_at(EXCHANGE);

@@ -57,7 +57,8 @@ constexpr int BLOCK_KEYS = HEAD_ROWS / 32;
 constexpr int KEYS = BLOCKS * BLOCK_KEYS;  // of a voice, each two words: order of a warp's best score, its id
 constexpr int TOKEN_WORDS = up_to_16(SUM_WORDS);
 constexpr int DISTANCE_WORDS = TOKEN_WORDS + 16;
-constexpr int KEY_WORDS = up_to_16(DISTANCE_WORDS + VOICES * DISTANCES);
+constexpr int WRITTEN_WORDS = up_to_16(DISTANCE_WORDS + VOICES * DISTANCES);  // of each rank of the first cluster
+constexpr int KEY_WORDS = up_to_16(WRITTEN_WORDS + RANKS);
 constexpr int SCORE_WORDS = up_to_16(KEY_WORDS + 2 * VOICES * KEYS);
 constexpr int ALL_WORDS_OF_LAUNCH = SCORE_WORDS + VOICES * VOCAB;
 
@@ -70,15 +71,16 @@ constexpr unsigned TOKEN_MASK = (1u << 24) - 1;
 constexpr unsigned TOKEN_AT = aligned_16(SHARED_END);             // the words that came, for the block
 constexpr unsigned RULES_AT = TOKEN_AT + aligned_16(VOICES * 4);  // (penalty, greedy) of each voice
 constexpr unsigned SEEN_AT = RULES_AT + aligned_16(VOICES * 8);   // a bit for each of this block's ids, for each voice
-constexpr unsigned SAMPLER_AT = aligned_16(SEEN_AT + VOICES * HEAD_ROWS / 8);
+constexpr unsigned OWN_AT = aligned_16(SEEN_AT + VOICES * HEAD_ROWS / 8);  // two words of each thread that owns rows
+constexpr unsigned STATED_AT =
+    OWN_AT + OWNERS * VOICES * 32 * 8;  // the token for which each warp has written its states
+constexpr unsigned SAMPLER_AT = aligned_16(STATED_AT + OWNERS * VOICES * 4);
 
 // The voices as every block sees them.
 struct Choir {
     const PersistentParams& p;
     Worker& worker;
-    unsigned alive;           // bit v: voice v goes on
-    float last_state = 0.0f;  // of this lane's row of its own voice, in the warps of the first cluster that own rows
-    int count = 0;            // tokens of that voice drawn so far
+    unsigned alive;  // bit v: voice v goes on
 
     DEVICE Choir(const PersistentParams& params, Worker& w) : p(params), worker(w), alive(0u) {
         for (int voice = 0; voice < params.voices; ++voice)
@@ -93,6 +95,14 @@ struct Choir {
     DEVICE unsigned seen_word(int voice, int row) const {
         return worker.base + SEEN_AT + (voice * HEAD_ROWS + row) / 32 * 4;
     }
+
+    // Kept in shared memory, since it is wanted once a token: the tokens of this thread's own voice drawn so far, and, in the
+    // first cluster, the state of its own row that made the last one.
+    DEVICE unsigned own_at() const { return worker.base + OWN_AT + threadIdx.x * 8; }
+    DEVICE int count() const { return static_cast<int>(load_shared<unsigned>(own_at())); }
+    DEVICE void set_count(int count) const { store_shared<unsigned>(own_at(), static_cast<unsigned>(count)); }
+    DEVICE float last_state() const { return load_shared<float>(own_at() + 4); }
+    DEVICE void set_last_state(float state) const { store_shared<float>(own_at() + 4, state); }
 
     // Records, and which ids of this block the sequences hold; a barrier of the block follows.
     DEVICE void begin() {
@@ -111,14 +121,16 @@ struct Choir {
             store_shared<float>(worker.base + RULES_AT + voice * 8, slot.penalty);
             store_shared<unsigned>(worker.base + RULES_AT + voice * 8 + 4, slot.options & OPTION_GREEDY);
         }
-        worker.active = is_alive(worker.place.voice);
-        if (worker.active) worker.position = load_global_fresh<int>(&p.places[worker.place.voice].slot->position);
+        worker.position = -1;
+        if (is_alive(worker.place.voice)) worker.position = load_global_fresh<int>(&p.places[worker.place.voice].slot->position);
         if (!owns_row()) return;
-        count = load_global_fresh<int>(&own().slot->count);
+        const int count = load_global_fresh<int>(&own().slot->count);
+        set_count(count);
+        set_last_state(0.0f);
         worker.residual = load_global_fresh<float>(own().residual + worker.row());
         if (count > 0 && count <= p.most_tokens)
-            last_state =
-                load_global_fresh<float>(own().states + static_cast<long long>(count - 1) * HIDDEN + worker.row());
+            set_last_state(
+                load_global_fresh<float>(own().states + static_cast<long long>(count - 1) * HIDDEN + worker.row()));
     }
 
     DEVICE bool greedy(int voice) const { return load_shared<unsigned>(worker.base + RULES_AT + voice * 8 + 4) != 0; }
@@ -128,8 +140,9 @@ struct Choir {
         constexpr int MOST = head_in(ROOM), BEFORE = head_before(ROOM);
         if constexpr (MOST > 0) {
             const int first = tiles().count() - left + BEFORE;
-            multiply<ROOM, MOST, 0, HIDDEN_STEPS>(worker.rooms, min(max(left - BEFORE, 0), MOST),
-                                                  worker.exchange.template at<EX_HIDDEN>(), first * TILE, keep);
+            multiply<ROOM, MOST, 0, HIDDEN_STEPS, IN_HEAD>(
+                worker.rooms, min(max(left - BEFORE, 0), MOST), worker.exchange.template at<EX_HIDDEN>(), first * TILE,
+                [] {}, keep);
         } else {
             worker.rooms.template await<ROOM>();
             worker.rooms.template leave<ROOM>(keep);
@@ -192,26 +205,43 @@ struct Choir {
                         lane_index() * 64);
     }
 
-    // The state that makes the token, and how far it is from the one before.
+    // The state that makes the token, and how far it is from the one before. Whether the state can be seen is the scribe's.
     DEVICE void publish_state(unsigned number) {
-        if (worker.cluster != 0 || !owns()) return;
-        const float factor = norm_factor(worker.exchange.at<EX_SUMS>(), worker.own_voice(), p.layer.epsilon);
-        float distance = 0.0f;
-        if (owns_row()) {
-            const float gain = load_global<float>(worker.gain(2 * p.layer.layers));
-            const float state = worker.residual * (factor * NORM_SCALE) * gain;
-            if (count < p.most_tokens)
-                store_global<float>(own().states + static_cast<long long>(count) * HIDDEN + worker.row(), state);
-            distance = fabsf(state - last_state);
-            last_state = state;
-        }
+        if (worker.cluster != 0 || !worker.owns()) return;
+        if (owns()) {
+            const float factor = norm_factor(worker.exchange.at<EX_SUMS>(), worker.own_voice(), p.layer.epsilon);
+            float distance = 0.0f;
+            if (owns_row()) {
+                const float gain = load_global<float>(worker.gain(2 * p.layer.layers));
+                const float state = worker.residual * (factor * NORM_SCALE) * gain;
+                const int token = count();
+                if (token < p.most_tokens)
+                    store_global<float>(own().states + static_cast<long long>(token) * HIDDEN + worker.row(), state);
+                distance = fabsf(state - last_state());
+                set_last_state(state);
+            }
 #pragma unroll
-        for (int mask = 16; mask > 0; mask /= 2) distance += shuffle_xor(distance, mask);
+            for (int mask = 16; mask > 0; mask /= 2) distance += shuffle_xor(distance, mask);
+            const int part = worker.own_voice() * DISTANCES + worker.rank * OWNERS + worker.own_pair_of_tiles();
+            if (lane_index() == 0)
+                store_word(p.layer.words + DISTANCE_WORDS + part, make_word(float_to_bits(distance), number));
+        }
         sync_warp();
-        if (lane_index() != 0) return;
-        fence_device();  // whoever sees the word sees the warp's states
-        const int part = worker.own_voice() * DISTANCES + worker.rank * OWNERS + worker.own_pair_of_tiles();
-        store_word(p.layer.words + DISTANCE_WORDS + part, make_word(float_to_bits(distance), number));
+        if (lane_index() == 0) store_release(worker.base + STATED_AT + warp_index() * 4, number);
+    }
+
+    // By a warp of its own in the first cluster, since the fence takes a few microseconds: says that the states of the token can
+    // be seen. False when the launch ends instead.
+    DEVICE static bool scribe(const PersistentParams& p, const Worker& worker, unsigned number) {
+        const int lane = lane_index();
+        const bool mine = lane < Worker::UNITS && lane % Worker::OWN_PAIRS * 2 < worker.hidden.count();
+        const unsigned stated = worker.base + STATED_AT + lane * 4, stop = worker.base + STOP_AT;
+        const auto written = [=] { return !mine || static_cast<int>(load_acquire(stated) - number) >= 0; };
+        spin_until(worker.rooms.watch, 23, [=] { return written() || load_flag_shared(stop) != 0; }, PATIENT);
+        if (!all_lanes(written())) return false;
+        fence_device();
+        if (lane == 0) store_word(p.layer.words + WRITTEN_WORDS + worker.rank, make_word(0u, number));
+        return true;
     }
 
     // Waits for the tokens of all voices that are alive, and goes on with them.
@@ -246,15 +276,14 @@ struct Choir {
             store_shared<unsigned>(at, load_shared<unsigned>(at) | 1u << row % 32);
         }
         if (worker.owns() && worker.own_voice() == voice) {
-            ++count;
+            if (owns_row()) set_count(count() + 1);
             const Element* from = static_cast<const Element*>(p.embeddings) + static_cast<long long>(token) * HIDDEN;
             if (running && worker.owns_row()) worker.residual = to_float(load_global<Element>(from + worker.row()));
             if (running && end && worker.cluster == 0) leave_row();
         }
         if (end) alive &= ~(1u << voice);
         if (worker.place.voice == voice) {
-            worker.active = !end;
-            ++worker.position;
+            worker.position = end ? -1 : worker.position + 1;
         }
     }
 

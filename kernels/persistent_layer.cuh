@@ -37,13 +37,12 @@ struct Worker {
     unsigned base;
     const int cluster;
     int rank;
-    const Tiles qkv, hidden, gated;
+    const Tiles hidden;
     const Place place;
     Rooms rooms;
     Exchange exchange;
     float residual = 0.0f;        // of this lane's row, in the warps that finish the residual stream
-    int position = 0;             // of the new token of the voice for which this rank attends
-    bool active = true;           // that voice goes on; else its column holds whatever it does
+    int position = 0;  // of the new token of the voice for which this rank attends; -1: it does not go on
     float2 angle = {0.0f, 0.0f};  // of this thread's pair at the next position, in the last threads
     unsigned number = 0;          // of layers so far in the launch, from 1
 
@@ -52,14 +51,14 @@ struct Worker {
           base(shared),
           cluster(cluster_),
           rank(rank_),
-          qkv(tiles_of(QKV_TILES, rank_)),
           hidden(tiles_of(HIDDEN_TILES, rank_)),
-          gated(tiles_of(GATED_TILES, rank_)),
           place(rank_),
           rooms{shared, watch},
           exchange{shared, watch} {}
 
     DEVICE void sync() const { sync_named(1, TEAM); }
+    DEVICE Tiles qkv() const { return tiles_of(QKV_TILES, rank); }
+    DEVICE Tiles gated() const { return tiles_of(GATED_TILES, rank); }
 #if defined(PROFILE)
     DEVICE void mark(int point) const {
         if (threadIdx.x == 0)
@@ -108,7 +107,56 @@ struct Worker {
         }
     }
 
-    // Adds a product's rows, summed over the clusters in their order, to the residual stream.
+    // ---- its sum over the clusters ----
+    //
+    // A look at the other clusters' words takes as long as a word takes to get there, so a warp that only looks again when the
+    // last look has failed hears of them late. Warps that own no rows look too, one after the other, and pass what they see on
+    // through shared memory.
+
+    static constexpr int UNITS = OWN_PAIRS * VOICES;  // warps that own rows
+    static constexpr int LISTENERS = CLUSTERS == 1 ? 0 : min_of(MOST_LISTENERS, TEAM_WARPS / UNITS - 1);  // of each
+    static constexpr int OF_CLUSTER = VOICES * HIDDEN;                                                    // words
+
+    DEVICE Word* words_of(int which, int unit) const {
+        const int row = hidden.begin * TILE + unit % OWN_PAIRS * 32 + lane_index();
+        return p.words + which * CLUSTERS * OF_CLUSTER + unit / OWN_PAIRS * HIDDEN + row;
+    }
+    DEVICE bool unit_has_row(int unit) const { return unit % OWN_PAIRS * 32 + lane_index() < hidden.count() * TILE; }
+    DEVICE unsigned heard_at(int which, int unit, int of_cluster) const {
+        return base + HEARD_AT + (((which * UNITS + unit) * CLUSTERS + of_cluster) * 32 + lane_index()) * 8;
+    }
+
+    // Waits until the words of all other clusters satisfy: load(c) gives that of cluster c.
+    template <typename Load> DEVICE void hear(int which, bool any, Word* heard, Load load) const {
+        const unsigned expected = number;
+        spin_until(rooms.watch, 8 + which, [&] {
+            bool all = true;
+#pragma unroll
+            for (int c = 0; c < CLUSTERS; ++c) {
+                if (c == cluster || !any) continue;
+                heard[c] = load(c);
+            }
+#pragma unroll
+            for (int c = 0; c < CLUSTERS; ++c) all = all && (c == cluster || !any || word_number(heard[c]) == expected);
+            return all;
+        });
+    }
+
+    // By a warp that owns no rows: hears for one that does.
+    DEVICE void listen(int which) const {
+        const int unit = warp_index() % UNITS, turn = warp_index() / UNITS - 1;
+        if (turn < 0 || turn >= LISTENERS) return;
+        wait_cycles(turn * LISTEN_EVERY);
+        Word heard[CLUSTERS];
+        const Word* words = words_of(which, unit);
+        const bool any = unit_has_row(unit);
+        hear(which, any, heard, [&](int c) { return load_word(words + c * OF_CLUSTER); });
+#pragma unroll
+        for (int c = 0; c < CLUSTERS; ++c)
+            if (c != cluster && any) store_word_shared(heard_at(which, unit, c), heard[c]);
+    }
+
+    // By a warp that owns rows: adds a product's rows, summed over the clusters in their order, to the residual stream.
     DEVICE void add_to_residual(int which) {
         const float mine = owns_row() ? row_sum(base, own_voice(), own_row()) : 0.0f;
 #if defined(ABLATE_SUMS)
@@ -119,21 +167,14 @@ struct Worker {
             residual += mine;
             return;
         }
-        constexpr int OF_CLUSTER = VOICES * HIDDEN;
-        Word* words = p.words + which * CLUSTERS * OF_CLUSTER + own_voice() * HIDDEN + row();
+        const int unit = warp_index();
+        Word* words = words_of(which, unit);
         if (owns_row()) store_word(words + cluster * OF_CLUSTER, make_word(float_to_bits(mine), number));
         Word heard[CLUSTERS];
-        const unsigned expected = number;
-        spin_until(rooms.watch, 8 + which, [&] {
-            bool all = true;
-#pragma unroll
-            for (int c = 0; c < CLUSTERS; ++c) {
-                if (c == cluster || !owns_row()) continue;
-                heard[c] = load_word(words + c * OF_CLUSTER);
-                all = all && word_number(heard[c]) == expected;
-            }
-            return all;
-        });
+        if constexpr (LISTENERS > 0)
+            hear(which, owns_row(), heard, [&](int c) { return load_word_shared(heard_at(which, unit, c)); });
+        else
+            hear(which, owns_row(), heard, [&](int c) { return load_word(words + c * OF_CLUSTER); });
         float sum = 0.0f;
 #pragma unroll
         for (int c = 0; c < CLUSTERS; ++c)
@@ -153,7 +194,7 @@ struct Worker {
     DEVICE int own_pair() const { return static_cast<int>(threadIdx.x) - (TEAM - HEAD_DIM / 2); }
     DEVICE void fetch_angles(int of_position) {
         if (own_pair() >= 0)
-            angle = load_global<float2>(p.rope + static_cast<long long>(of_position) * (HEAD_DIM / 2) + own_pair());
+            angle = load_global<float2>(p.rope + static_cast<long long>(max(of_position, 0)) * (HEAD_DIM / 2) + own_pair());
     }
     // A new token at the position whose angles were fetched; a barrier of the block follows before they are read.
     DEVICE void begin_token(int new_position) {
@@ -177,12 +218,14 @@ struct Worker {
     // Queries, keys and values of the cluster's heads.
     DEVICE void project_qkv(int layer, Keys& keys) {
         MARK(0);
-        exchange.await<EX_HIDDEN>();
-        MARK(1);
-        multiply<ROOM_QKV, QKV_MOST, QKV_TILES / RANKS, HIDDEN_STEPS>(rooms, qkv.count(), exchange.at<EX_HIDDEN>(), 0);
+        multiply<ROOM_QKV, QKV_MOST, QKV_TILES / RANKS, HIDDEN_STEPS, IN_LAYER>(rooms, qkv().count(),
+                                                                                exchange.at<EX_HIDDEN>(), 0, [&] {
+                                                                                    exchange.await<EX_HIDDEN>();
+                                                                                    MARK(1);
+                                                                                });
         MARK(2);
         keys.begin(cache(p.keys, layer, 0), cache(p.values, layer, place.dims * OUT_DIMS), place.part,
-                   active ? position : -1);
+                   position);
         exchange.await<EX_SUMS>();
         // Four warps, or as many as it takes, send one voice's rows to all ranks.
         constexpr int SENDERS = RECEIVERS > 4 ? (RECEIVERS + 3) / 4 : 1, TOGETHER = TEAM_WARPS / SENDERS;
@@ -200,12 +243,12 @@ struct Worker {
 #pragma unroll
             for (int first = 0; first < QKV_MOST * 4; first += 8) {
                 const int unit = first + lane_index() % 8;
-                if (unit >= qkv.count() * 4 || to >= RECEIVERS || voice >= VOICES) continue;
+                if (unit >= qkv().count() * 4 || to >= RECEIVERS || voice >= VOICES) continue;
                 float4 v = row_sums(base, voice, unit * 4);
                 v.x *= factors[i], v.y *= factors[i], v.z *= factors[i], v.w *= factors[i];
                 const uint4 bits =
                     make_uint4(float_to_bits(v.x), float_to_bits(v.y), float_to_bits(v.z), float_to_bits(v.w));
-                exchange.send<EX_QKV>((voice * QKV_ROWS + qkv.begin * TILE) * 4 + unit * 16, to, bits);
+                exchange.send<EX_QKV>((voice * QKV_ROWS + qkv().begin * TILE) * 4 + unit * 16, to, bits);
             }
         }
     }
@@ -339,15 +382,17 @@ struct Worker {
     // The attended vector's product joins the residual stream. norm: the next one's index in the gains.
     DEVICE void project_attended(int norm) {
         const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
-        exchange.await<EX_ATTENDED>();
-        MARK(9);
-        merge_shares();
-        MARK(10);
-        multiply<ROOM_O, OWN_TILES, HIDDEN_TILES / RANKS, ATTENDED_STEPS>(rooms, hidden.count(), base + ATTENDED_AT, 0);
+        multiply<ROOM_O, OWN_TILES, HIDDEN_TILES / RANKS, ATTENDED_STEPS, IN_LAYER>(rooms, hidden.count(),
+                                                                                    base + ATTENDED_AT, 0, [&] {
+                                                                                        exchange.await<EX_ATTENDED>();
+                                                                                        MARK(9);
+                                                                                        merge_shares();
+                                                                                        MARK(10);
+                                                                                    });
         MARK(11);
         sync();
         MARK(12);
-        if (!owns()) return;
+        if (!owns()) return listen(0);
         add_to_residual(0);
         MARK(13);
         publish_residual<EX_AFTER, EX_SUMS_AFTER>(next_gain);
@@ -356,14 +401,15 @@ struct Worker {
 
     // Gate and up, and their product of SiLU: 8 channels of each tile.
     DEVICE void gate_and_up() {
-        exchange.await<EX_AFTER>();
-        MARK(15);
-        multiply<ROOM_GATED, GATED_MOST, GATED_TILES / RANKS, HIDDEN_STEPS>(rooms, gated.count(),
-                                                                            exchange.at<EX_AFTER>(), 0);
+        multiply<ROOM_GATED, GATED_MOST, GATED_TILES / RANKS, HIDDEN_STEPS, IN_LAYER>(rooms, gated().count(),
+                                                                                      exchange.at<EX_AFTER>(), 0, [&] {
+                                                                                          exchange.await<EX_AFTER>();
+                                                                                          MARK(15);
+                                                                                      });
         MARK(16);
         exchange.await<EX_SUMS_AFTER>();
         // Warps take turns at the tiles of all voices, and stay with a voice where their number divides.
-        const int units = gated.count() * VOICES;
+        const int units = gated().count() * VOICES;
         float factor = norm_factor(exchange.at<EX_SUMS_AFTER>(), warp_index() % VOICES, p.epsilon);
         sync();
         MARK(17);
@@ -379,21 +425,22 @@ struct Worker {
             v.x = shuffle(word, 0), v.y = shuffle(word, 1), v.z = shuffle(word, 2), v.w = shuffle(word, 3);
 #pragma unroll
             for (int to = lane; to < RECEIVERS; to += 32)
-                exchange.send<EX_GATED>(voice * GATED_STRIDE + (gated.begin + tile) * 16, to, v);
+                exchange.send<EX_GATED>(voice * GATED_STRIDE + (gated().begin + tile) * 16, to, v);
         }
     }
 
     DEVICE void project_gated(int norm) {
         const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
         MARK(18);
-        exchange.await<EX_GATED>();
-        MARK(19);
-        multiply<ROOM_DOWN, OWN_TILES, HIDDEN_TILES / RANKS, GATED_STEPS>(rooms, hidden.count(),
-                                                                          exchange.at<EX_GATED>(), 0);
+        multiply<ROOM_DOWN, OWN_TILES, HIDDEN_TILES / RANKS, GATED_STEPS, IN_LAYER>(rooms, hidden.count(),
+                                                                                    exchange.at<EX_GATED>(), 0, [&] {
+                                                                                        exchange.await<EX_GATED>();
+                                                                                        MARK(19);
+                                                                                    });
         MARK(20);
         sync();
         MARK(21);
-        if (!owns()) return;
+        if (!owns()) return listen(1);
         add_to_residual(1);
         MARK(22);
         publish_residual<EX_HIDDEN, EX_SUMS>(next_gain);

@@ -130,7 +130,6 @@ struct Sampler {
             heard = load_word(from);
             return word_number(heard) == number;
         });
-        fence_device();  // behind this the states themselves are seen
         if (part < DISTANCES) store_shared<unsigned>(base + DISTANCES_AT + part * 4, word_value(heard));
     }
 
@@ -223,24 +222,38 @@ struct Sampler {
 
     // ---- the clerk ----
 
-    // One warp: writes each token to where the host and later kernels find it.
-    DEVICE void run_clerk() const {
-        unsigned word = 0;
-        for (unsigned number = 1; (word & TOKEN_END) == 0; ++number) {
-            const unsigned news = base + NEWS_AT;
-            spin_until(watch, 7, [=] { return load_acquire(news) == number; }, PATIENT);
-            // What a block makes of a wait that it gave up is not told, however sound it looks from here.
-            if (!all_lanes(!watch.is_dead() && load_flag(watch.error) == 0)) break;
-            word = load_shared<unsigned>(base + TOLD_AT + 64);
-            sync_warp();  // all lanes have read it before the first one says so
-            if (lane_index() == 0) record(word, number);
-            sync_warp();
-        }
+    // Waits until the states of the token are written, by all ranks of the first cluster.
+    DEVICE void await_states(unsigned number) const {
+        const Word* from = p.layer.words + WRITTEN_WORDS;
+        const auto ready = [&] {
+            bool all = true;
+            for (int rank = lane_index(); rank < RANKS; rank += 32) {
+                const bool writes = tiles_of(HIDDEN_TILES, rank).count() > 0;
+                all = all && (!writes || static_cast<int>(word_number(load_word(from + rank)) - number) >= 0);
+            }
+            return all;
+        };
+        spin_until(watch, 23, ready, PATIENT);
+        fence_device();  // behind this the states themselves are seen
     }
 
-    DEVICE void record(unsigned word, unsigned number) const {
+    // One warp: writes a token to where the host and later kernels find it. Whether there will be another one.
+    DEVICE bool tell(unsigned number) const {
+        const unsigned news = base + NEWS_AT;
+        spin_until(watch, 7, [=] { return load_acquire(news) == number; }, PATIENT);
+        const unsigned word = load_shared<unsigned>(base + TOLD_AT + 64);
         const uint4 third = load_shared<uint4>(base + TOLD_AT + 32), fourth = load_shared<uint4>(base + TOLD_AT + 48);
-        store_release(base + NEWS_AT + 4, number);
+        sync_warp();  // all lanes have read them before the first one says so
+        if (lane_index() == 0) store_release(base + NEWS_AT + 4, number);
+        await_states(number);
+        // What a block makes of a wait that it gave up is not told, however sound it looks from here.
+        if (!all_lanes(!watch.is_dead() && load_flag(watch.error) == 0)) return false;
+        if (lane_index() == 0) record(word, third, fourth);
+        sync_warp();
+        return (word & TOKEN_END) == 0;
+    }
+
+    DEVICE void record(unsigned word, uint4 third, uint4 fourth) const {
         SlotState slot;
         slot.count = static_cast<int>(third.w);
         slot.position = static_cast<int>(fourth.x), slot.status = static_cast<int>(fourth.y);

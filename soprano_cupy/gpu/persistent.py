@@ -52,9 +52,10 @@ GRIDS: tuple[GridChoice, ...] = ((4, 16, 2), (4, 16, 1), (4, 8, 1), (2, 16, 1), 
 
 # What a wait that took too long was for: the error word's codes in kernels/persistent_*.cuh.
 WAITS = {
-    1: "weights", 2: "room in the ring", 3: "a token", 4: "the best scores", 5: "the scores", 6: "the state's distance",
+    1: "weights", 2: "room for weights", 3: "a token", 4: "the best scores", 5: "the scores", 6: "the state's distance",
     7: "the clerk", 8: "the sum behind attention", 9: "the sum behind the MLP", 16: "queries", 17: "attention",
     18: "a layer's input", 19: "the MLP's input", 20: "gated channels", 21: "a layer's norm", 22: "the MLP's norm",
+    23: "states",
 }  # fmt: skip
 
 # Of one voice; VoicePlaces of persistent_head.cuh.
@@ -329,7 +330,8 @@ def scratch_words(shape: Shape) -> int:
     v = shape.voices
     keys = shape.blocks * (head_rows(shape) // 32)
     sums = 2 * shape.clusters * v * shape.hidden if shape.clusters > 1 else 0
-    key_words = ceil(ceil(sums, 16) * 16 + 16 + v * shape.ranks * shape.owners, 16) * 16
+    written = ceil(ceil(sums, 16) * 16 + 16 + v * shape.ranks * shape.owners, 16) * 16
+    key_words = ceil(written + shape.ranks, 16) * 16
     return ceil(key_words + 2 * v * keys, 16) * 16 + v * shape.vocab
 
 
@@ -347,7 +349,8 @@ def shared_bytes(shape: Shape) -> int:
     v = shape.voices
     rules = ceil(shape.shared_bytes(), 16) * 16 + ceil(v * 4, 16) * 16
     seen = rules + ceil(v * 8, 16) * 16
-    sampler = ceil(seen + v * head_rows(shape) // 8, 16) * 16
+    sampler = ceil(seen + v * head_rows(shape) // 8, 16) * 16 + shape.owners * v * 32 * 8
+    sampler = ceil(sampler + shape.owners * v * 4, 16) * 16
     distances = sampler + 64 + 80 + WARPS * 16 + 4 + 12 + WARPS * 4
     end = ceil(distances + shape.ranks * shape.owners * 4, 16) * 16
     scores = SEARCH_BYTES + ceil(shape.vocab, 4) * 16
