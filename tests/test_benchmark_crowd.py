@@ -7,7 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+from benchmarks.common import Row  # noqa: E402
+from benchmarks.crowd_plot import latency_lines, throughput_lines  # noqa: E402
+from benchmarks.crowd_waits import Waits  # noqa: E402
 
 
 def test_smoke(tmp_path: Path) -> None:
@@ -26,3 +33,44 @@ def test_smoke(tmp_path: Path) -> None:
     assert rows["crowd/throughput/B4"]["value"] > 0
     first = rows["crowd/live/N2/first_audio"]
     assert first["value"] <= first["peer"]["p95"] <= first["p99"]
+
+
+def test_lines_of_the_plot() -> None:
+    rows = [
+        Row("crowd/throughput/B64", 4000.0, "x real time", 1, limit=83_000.0),
+        Row("crowd/tokens_in/B64", 5000.0, "x real time", 1, limit=83_000.0),
+        Row("crowd/throughput/B64/gpus2", 7900.0, "x real time", 1, limit=166_000.0),
+        Row("crowd/throughput/B512", 9000.0, "x real time", 1, limit=83_000.0),
+        Row("crowd/memory/B512", 1.0, "MB", 1),
+        Row("crowd/live/N500/first_audio", 3.0, "ms", 9, p99=5.0, peer={"p95": 4.0, "p99": 5.0}),
+        Row("crowd/live/N500/silence", 0.0, "ms", 9),
+    ]
+    assert throughput_lines(rows) == {
+        "text in": {64: 4000.0, 512: 9000.0},
+        "token ids in": {64: 5000.0},
+        "text in, 2 GPUs": {64: 7900.0},
+        "limit": {64: 83_000.0, 512: 83_000.0},
+    }
+    assert latency_lines(rows) == {
+        "first audio, p50": {500: 3.0},
+        "first audio, p95": {500: 4.0},
+        "first audio, p99": {500: 5.0},
+    }
+
+
+def test_waits_are_what_lies_between_works() -> None:
+    """Works from 0 to 2, 3 to 5 and 5 to 9 ms leave 1 of 9."""
+
+    class At:
+        def __init__(self, ms: float) -> None:
+            self.ms = ms
+
+        def elapsed_ms(self, start: At) -> float:
+            return self.ms - start.ms
+
+        def synchronize(self) -> None: ...
+
+    waits = Waits()
+    assert waits.share() is None
+    waits._spans = [(At(0), At(2)), (At(3), At(5)), (At(5), At(9))]
+    assert waits.share() == pytest.approx(1 / 9)
