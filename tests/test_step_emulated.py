@@ -305,8 +305,8 @@ def test_when_weights_are_asked_for_meanwhile() -> None:
     """For few rows, and where the second-level cache has room for twice as much."""
     gpu = DeviceFacts(0, "GPU", (9, 0), 132, l2_bytes=50 << 20)
     assert step.fetches_ahead(gpu, 1, 25 << 20)
-    assert step.fetches_ahead(gpu, 128, 1 << 20)
-    assert not step.fetches_ahead(gpu, 129, 1 << 20)
+    assert step.fetches_ahead(gpu, 64, 1 << 20)
+    assert not step.fetches_ahead(gpu, 65, 1 << 20)
     assert not step.fetches_ahead(gpu, 1, 26 << 20)
     assert not step.fetches_ahead(replace(gpu, capability=(8, 0)), 1, 1 << 20)
     assert not step.fetches_ahead(replace(gpu, l2_bytes=0), 1, 1)

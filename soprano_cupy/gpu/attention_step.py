@@ -42,7 +42,7 @@ BLOCKS_OF_TWO_STAGES = 0.5  # of clusters, for each multiprocessor, at most
 # many rows the keys and values of the step keep the memory busy.
 AHEAD_BLOCKS = 112
 AHEAD_RANGES = 4
-AHEAD_ROWS = 128
+AHEAD_ROWS = 64
 AHEAD_SHARE = 0.5  # of the second-level cache, at most
 LINE_BYTES = 128
 
