@@ -236,6 +236,27 @@ def test_an_error_keeps_no_device() -> None:
     assert all(reference() is None for reference in made)
 
 
+def test_nobody_keeps_a_sound_that_nobody_wants() -> None:
+    """Neither a deadline that is far away nor cycles of objects."""
+    with Crowd([maker()]) as crowd:
+        other = ask(crowd, 0, tokens=100_000)  # the crowd is never idle
+        gc.disable()
+        try:
+            speech = ask(crowd, 1, deadline_s=1000.0)
+            right(speech, 1)
+            samples = weakref.ref(speech)
+            del speech
+            right(ask(crowd, 2), 2)  # the queue forgets who has been there when it is asked for another
+            right(ask(crowd, 3), 3)
+            end = time.monotonic() + 5
+            while samples() is not None and time.monotonic() < end:
+                time.sleep(0.01)
+            assert samples() is None
+        finally:
+            gc.enable()
+        assert not other.done()
+
+
 class Hanging(RealTime):
     """Hangs in its third step until it is released."""
 

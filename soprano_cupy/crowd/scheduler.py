@@ -9,6 +9,7 @@ from __future__ import annotations
 import heapq
 import logging
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -45,7 +46,7 @@ class Scheduler:
         self._max_queue = max_queue
         self._queue = FairQueue()
         self._jobs: dict[Speech, Job] = {}
-        self._deadlines: list[tuple[float, int, Job]] = []
+        self._deadlines: list[tuple[float, int, weakref.ref[Job]]] = []  # which keep no sound until they pass
         self._running: dict[Driver, set[Sentence]] = {}
         self._dropped: dict[Driver, list[Sentence]] = {}
         self._ended: deque[tuple[Speech, BaseException | None]] = deque()
@@ -74,7 +75,7 @@ class Scheduler:
             self._waiting_jobs += 1
             self._waiting_sentences += len(requests)
             if job.deadline is not None:
-                heapq.heappush(self._deadlines, (job.deadline, job.order, job))
+                heapq.heappush(self._deadlines, (job.deadline, job.order, weakref.ref(job)))
             self._queue.push(job)
             self.changed.notify_all()
         return speech
@@ -106,15 +107,15 @@ class Scheduler:
         """End what has passed its deadline."""
         with self.lock:
             while self._deadlines and self._deadlines[0][0] <= now:
-                _, _, job = heapq.heappop(self._deadlines)
-                if not job.over:
+                job = heapq.heappop(self._deadlines)[2]()
+                if job is not None and not job.over:
                     self._end(job, DeadlineExceeded(f"not spoken within {job.wish.deadline_s:g} s (deadline)"))
         self.flush()
 
     def next_deadline(self) -> float | None:
         """The earliest deadline of what is not done."""
         with self.lock:
-            while self._deadlines and self._deadlines[0][2].over:
+            while self._deadlines and ((job := self._deadlines[0][2]()) is None or job.over):
                 heapq.heappop(self._deadlines)
             return self._deadlines[0][0] if self._deadlines else None
 
@@ -349,7 +350,9 @@ class Scheduler:
             self._release(sentence)
             if driver in self._dropped:
                 self._dropped[driver].append(sentence)
+        job.sentences = []  # they know the job: what it holds is to go now, not when cycles are looked for
         self._ended.append((job.speech, error))
+        job.forget()
         self.changed.notify_all()
 
 
