@@ -175,7 +175,9 @@ class SopranoTTS:
     ) -> Iterator[np.ndarray]:
         """Speak a text as it is made: chunks of `chunk_size` tokens (64 ms each), the last of a sentence shorter.
 
-        The chunks, joined, are what `infer` returns. Arguments are checked at the call, before the first chunk.
+        The chunks, joined, are what `infer` returns (on a GPU, where one voice and several are computed in different
+        orders, but for tokens that are nearly equally likely). Arguments are checked at the call, before the first
+        chunk.
         With `retries`, a sentence is heard only once it is known not to be stuck.
         """
         if isinstance(chunk_size, bool) or not isinstance(chunk_size, (int, np.integer)) or chunk_size < 1:

@@ -18,15 +18,18 @@ class StepTimes(NamedTuple):
 
 Measured = Mapping[tuple[int, bool], StepTimes]  # by (voices, whether their tokens are drawn: not greedy)
 
-# Soprano-1.1-80M's shape in bfloat16, context 256, by compute capability: an H200. `benchmarks/persistent.py` ends with
-# these lines as they should stand.
+# Soprano-1.1-80M's shape in bfloat16, context 256, by compute capability: an H200. `benchmarks/persistent_table.py`
+# prints these lines as they should stand.
 STEP_US: Mapping[tuple[int, int], Measured] = {
     (9, 0): {
-        (1, False): StepTimes(164.9, 158.0),
-        (1, True): StepTimes(172.4, 169.8),
-        (2, False): StepTimes(177.3, 173.8),
-        (4, False): StepTimes(180.7, 207.7),
-        (8, False): StepTimes(206.7, 285.2),
+        (1, False): StepTimes(160.2, 135.3),
+        (2, False): StepTimes(162.5, 146.9),
+        (4, False): StepTimes(178.4, 170.2),
+        (8, False): StepTimes(212.0, 222.7),
+        (1, True): StepTimes(167.4, 149.3),
+        (2, True): StepTimes(169.8, 160.7),
+        (4, True): StepTimes(185.1, 184.2),
+        (8, True): StepTimes(219.1, 229.9),
     },
 }
 

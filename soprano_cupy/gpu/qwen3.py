@@ -38,6 +38,11 @@ DTYPES = ("bfloat16", "float16")
 MIN_CAPABILITY = {"bfloat16": (8, 0), "float16": (7, 5)}
 IDLE_BATCHES = 4  # kept for the next calls
 
+# Batches in use. A generator that nobody can reach any more, in a cycle of references, is closed by the garbage
+# collector, and gives its batch back then. What only the cycle knows may have been finalized by that time, and a CUDA
+# stream that is destroyed already must not be used: so somebody else knows the batch.
+_borrowed: set[Batch] = set()
+
 
 def best_dtype(capability: tuple[int, int]) -> str:
     """bfloat16 where the tensor cores take it, which is the checkpoints' own precision; else float16."""
@@ -134,6 +139,7 @@ class GpuLanguageModel(LanguageModelRunner):
                 self._idle.remove(batch)
         with self._on_device:
             batch = batch or Batch(self._forward, sizes, self._path)
+            _borrowed.add(batch)
             try:
                 yield batch
             except DeviceError:
@@ -142,7 +148,10 @@ class GpuLanguageModel(LanguageModelRunner):
             except BaseException:  # the caller lost interest
                 self._give_back(batch, len(requests))
                 raise
-            self._give_back(batch, len(requests))
+            else:
+                self._give_back(batch, len(requests))
+            finally:
+                _borrowed.discard(batch)
 
     def _give_back(self, batch: Batch, count: int) -> None:
         if sys.is_finalizing():  # a stream that was never read to its end; CuPy may be gone already
