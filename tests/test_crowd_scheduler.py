@@ -3,6 +3,8 @@ conserved, sentences come in order, cancellation and deadlines hold, and every r
 
 from __future__ import annotations
 
+import gc
+import weakref
 from concurrent.futures import CancelledError
 
 import numpy as np
@@ -392,6 +394,30 @@ def test_closing_fails_what_is_not_done() -> None:
     with pytest.raises(Closed):
         stage.scheduler.submit([sentence(0, 0, 10)], Wish(), 0.0)
     idle(stage)
+
+
+@pytest.mark.parametrize("wish", [Wish(), Wish(stream=True), Wish(deadline_s=1e6), Wish(stream=True, retries=1)])
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_nobody_keeps_what_is_over(wish: Wish, cancelled: bool) -> None:
+    """Samples go with the last reference to their future, without the garbage collector, which would stop everybody."""
+    stage = Stage(Scheduler(), [4])
+    gc.collect()
+    gc.disable()
+    try:
+        for job in range(3):
+            speech = stage.scheduler.submit(requests(job, [(20, 0)] * 6), wish, stage.clock.now)
+            for _ in range(9):
+                stage.turn()
+            if cancelled:
+                speech.cancel()
+            stage.run()
+            assert speech.done()
+            kept = weakref.ref(speech)
+            del speech
+            assert kept() is None
+        assert gc.collect() < 100
+    finally:
+        gc.enable()
 
 
 def test_nothing_to_hear_is_an_empty_answer() -> None:

@@ -100,6 +100,11 @@ class Job:
                     self.emit(chunk, now)
                 following.chunks = []
 
+    def forget(self) -> None:
+        """Let go of everything, now that it is over: sentences and job name each other, and old queues name the job."""
+        self.sentences = []
+        del self.speech
+
     @property
     def all_heard(self) -> bool:
         return self.next == len(self.sentences)

@@ -350,7 +350,6 @@ class Scheduler:
             self._release(sentence)
             if driver in self._dropped:
                 self._dropped[driver].append(sentence)
-        job.sentences = []  # they know the job: what it holds is to go now, not when cycles are looked for
         self._ended.append((job.speech, error))
         job.forget()
         self.changed.notify_all()
