@@ -24,18 +24,15 @@ DEVICE void generate(const PersistentParams& p, Worker& worker, Choir& choir, co
         for (int i = 0; i < p.layer.layers; ++i) worker.layer(i);
         const bool chooses = blockIdx.x < VOICES && choir.is_alive(blockIdx.x);
         const bool greedy = chooses && choir.greedy(blockIdx.x);
-        const bool keep = IN_ROOM && chooses && !greedy;
-        choir.score(number, keep);
+        choir.score(number);
         // On their way while the tokens are chosen.
         worker.fetch_angles(min(worker.position + 1, p.positions - 1));
         first_gain = worker.owns_row() ? load_global<float>(worker.gain(0)) : 0.0f;
         if (chooses) sampler.choose(number, greedy);
-        if (keep) {
-            fence_copies();
-            worker.rooms.give_back<ROOM_GATED>();
-        }
+        if (IN_ROOM && chooses && !greedy) fence_copies();
         WORKER_MARK(28);
         choir.receive(number);
+        if (choir.alive != 0) choir.give_back();
     }
     if (threadIdx.x == 0) store_flag_shared(worker.base + STOP_AT, 1u);
 }

@@ -60,6 +60,11 @@ DEVICE void copy_bulk(unsigned shared_address, const void* source, unsigned byte
         : "memory");
 }
 
+// Brings what will be copied later into the second-level cache.
+DEVICE void prefetch_bulk(const void* source, unsigned bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 // The address, in the block of rank `rank`, of what lies at `address` here.
 DEVICE unsigned address_in(unsigned address, unsigned rank) {
     unsigned remote;
@@ -149,19 +154,6 @@ template <> DEVICE unsigned short load_shared<unsigned short>(unsigned address) 
 DEVICE void forget(unsigned& value) { asm volatile("" : "+r"(value)); }
 DEVICE void forget(int& value) { asm volatile("" : "+r"(value)); }
 
-DEVICE void store_word_shared(unsigned address, Word word) {
-    asm volatile("st.relaxed.cta.shared.b64 [%0], %1;" ::"r"(address), "l"(word) : "memory");
-}
-DEVICE Word load_word_shared(unsigned address) {
-    Word word;
-    asm volatile("ld.relaxed.cta.shared.b64 %0, [%1];" : "=l"(word) : "r"(address) : "memory");
-    return word;
-}
-
-DEVICE void wait_cycles(unsigned cycles) {
-    const unsigned start = clock();
-    while (static_cast<unsigned>(clock()) - start < cycles) continue;
-}
 DEVICE long long clock_cycles() { return clock64(); }
 DEVICE void pause() {}  // a thread that waits lets others run: nothing to do on a GPU
 

@@ -122,7 +122,8 @@ struct Choir {
             store_shared<unsigned>(worker.base + RULES_AT + voice * 8 + 4, slot.options & OPTION_GREEDY);
         }
         worker.position = -1;
-        if (is_alive(worker.place.voice)) worker.position = load_global_fresh<int>(&p.places[worker.place.voice].slot->position);
+        if (is_alive(worker.place.voice))
+            worker.position = load_global_fresh<int>(&p.places[worker.place.voice].slot->position);
         if (!owns_row()) return;
         const int count = load_global_fresh<int>(&own().slot->count);
         set_count(count);
@@ -149,9 +150,8 @@ struct Choir {
         }
     }
 
-    // Scores of this block's ids, on their way to the blocks that choose: all of them, or the best of each 32. keep: the room
-    // of gate and up stays empty behind that.
-    DEVICE void score(unsigned number, bool keep) {
+    // Scores of this block's ids, on their way to the blocks that choose: all of them, or the best of each 32.
+    DEVICE void score(unsigned number) {
         if (static_cast<int>(number) == p.stall_at && blockIdx.x == BLOCKS - 1) number = 0u;
         Exchange& exchange = worker.exchange;
         const Tiles mine = tiles();
@@ -160,10 +160,11 @@ struct Choir {
 #pragma unroll 1
         for (int round = 0; round < HEAD_ROUNDS; ++round) {
             const int left = mine.count() - round * HEAD_TOGETHER;
-            multiply_in<ROOM_QKV>(left, false);
-            multiply_in<ROOM_O>(left, false);
-            multiply_in<ROOM_GATED>(left, keep && round == HEAD_ROUNDS - 1);
-            multiply_in<ROOM_DOWN>(left, false);
+            const bool keep = round == HEAD_ROUNDS - 1;  // until the token is known
+            multiply_in<ROOM_QKV>(left, keep);
+            multiply_in<ROOM_O>(left, keep);
+            multiply_in<ROOM_GATED>(left, keep);
+            multiply_in<ROOM_DOWN>(left, keep);
         }
         exchange.await<EX_SUMS>();
         worker.sync();
@@ -228,6 +229,14 @@ struct Choir {
         }
         sync_warp();
         if (lane_index() == 0) store_release(worker.base + STATED_AT + warp_index() * 4, number);
+    }
+
+    // Weights of the next token may come.
+    DEVICE void give_back() const {
+        worker.rooms.give_back<ROOM_QKV>();
+        worker.rooms.give_back<ROOM_O>();
+        worker.rooms.give_back<ROOM_GATED>();
+        worker.rooms.give_back<ROOM_DOWN>();
     }
 
     // By a warp of its own in the first cluster, since the fence takes a few microseconds: says that the states of the token can

@@ -42,7 +42,7 @@ struct Worker {
     Rooms rooms;
     Exchange exchange;
     float residual = 0.0f;        // of this lane's row, in the warps that finish the residual stream
-    int position = 0;  // of the new token of the voice for which this rank attends; -1: it does not go on
+    int position = 0;             // of the new token of the voice for which this rank attends; -1: it does not go on
     float2 angle = {0.0f, 0.0f};  // of this thread's pair at the next position, in the last threads
     unsigned number = 0;          // of layers so far in the launch, from 1
 
@@ -107,74 +107,30 @@ struct Worker {
         }
     }
 
-    // ---- its sum over the clusters ----
-    //
-    // A look at the other clusters' words takes as long as a word takes to get there, so a warp that only looks again when the
-    // last look has failed hears of them late. Warps that own no rows look too, one after the other, and pass what they see on
-    // through shared memory.
-
     static constexpr int UNITS = OWN_PAIRS * VOICES;  // warps that own rows
-    static constexpr int LISTENERS = CLUSTERS == 1 ? 0 : min_of(MOST_LISTENERS, TEAM_WARPS / UNITS - 1);  // of each
-    static constexpr int OF_CLUSTER = VOICES * HIDDEN;                                                    // words
 
-    DEVICE Word* words_of(int which, int unit) const {
-        const int row = hidden.begin * TILE + unit % OWN_PAIRS * 32 + lane_index();
-        return p.words + which * CLUSTERS * OF_CLUSTER + unit / OWN_PAIRS * HIDDEN + row;
-    }
-    DEVICE bool unit_has_row(int unit) const { return unit % OWN_PAIRS * 32 + lane_index() < hidden.count() * TILE; }
-    DEVICE unsigned heard_at(int which, int unit, int of_cluster) const {
-        return base + HEARD_AT + (((which * UNITS + unit) * CLUSTERS + of_cluster) * 32 + lane_index()) * 8;
-    }
-
-    // Waits until the words of all other clusters satisfy: load(c) gives that of cluster c.
-    template <typename Load> DEVICE void hear(int which, bool any, Word* heard, Load load) const {
-        const unsigned expected = number;
-        spin_until(rooms.watch, 8 + which, [&] {
-            bool all = true;
-#pragma unroll
-            for (int c = 0; c < CLUSTERS; ++c) {
-                if (c == cluster || !any) continue;
-                heard[c] = load(c);
-            }
-#pragma unroll
-            for (int c = 0; c < CLUSTERS; ++c) all = all && (c == cluster || !any || word_number(heard[c]) == expected);
-            return all;
-        });
-    }
-
-    // By a warp that owns no rows: hears for one that does.
-    DEVICE void listen(int which) const {
-        const int unit = warp_index() % UNITS, turn = warp_index() / UNITS - 1;
-        if (turn < 0 || turn >= LISTENERS) return;
-        wait_cycles(turn * LISTEN_EVERY);
-        Word heard[CLUSTERS];
-        const Word* words = words_of(which, unit);
-        const bool any = unit_has_row(unit);
-        hear(which, any, heard, [&](int c) { return load_word(words + c * OF_CLUSTER); });
-#pragma unroll
-        for (int c = 0; c < CLUSTERS; ++c)
-            if (c != cluster && any) store_word_shared(heard_at(which, unit, c), heard[c]);
-    }
-
-    // By a warp that owns rows: adds a product's rows, summed over the clusters in their order, to the residual stream.
+    // Adds a product's rows, summed over the clusters in their order, to the residual stream.
     DEVICE void add_to_residual(int which) {
         const float mine = owns_row() ? row_sum(base, own_voice(), own_row()) : 0.0f;
-#if defined(ABLATE_SUMS)
-        residual += mine;
-        return;
-#endif
         if constexpr (CLUSTERS == 1) {
             residual += mine;
             return;
         }
-        const int unit = warp_index();
-        Word* words = words_of(which, unit);
+        constexpr int OF_CLUSTER = VOICES * HIDDEN;
+        Word* words = p.words + which * CLUSTERS * OF_CLUSTER + own_voice() * HIDDEN + row();
         if (owns_row()) store_word(words + cluster * OF_CLUSTER, make_word(float_to_bits(mine), number));
         Word heard[CLUSTERS];
-        if constexpr (LISTENERS > 0)
-            hear(which, owns_row(), heard, [&](int c) { return load_word_shared(heard_at(which, unit, c)); });
-        else
-            hear(which, owns_row(), heard, [&](int c) { return load_word(words + c * OF_CLUSTER); });
+        const unsigned expected = number;
+        spin_until(rooms.watch, 8 + which, [&] {
+            bool all = true;
+#pragma unroll
+            for (int c = 0; c < CLUSTERS; ++c)
+                if (c != cluster && owns_row()) heard[c] = load_word(words + c * OF_CLUSTER);
+#pragma unroll
+            for (int c = 0; c < CLUSTERS; ++c)
+                all = all && (c == cluster || !owns_row() || word_number(heard[c]) == expected);
+            return all;
+        });
         float sum = 0.0f;
 #pragma unroll
         for (int c = 0; c < CLUSTERS; ++c)
@@ -194,7 +150,8 @@ struct Worker {
     DEVICE int own_pair() const { return static_cast<int>(threadIdx.x) - (TEAM - HEAD_DIM / 2); }
     DEVICE void fetch_angles(int of_position) {
         if (own_pair() >= 0)
-            angle = load_global<float2>(p.rope + static_cast<long long>(max(of_position, 0)) * (HEAD_DIM / 2) + own_pair());
+            angle =
+                load_global<float2>(p.rope + static_cast<long long>(max(of_position, 0)) * (HEAD_DIM / 2) + own_pair());
     }
     // A new token at the position whose angles were fetched; a barrier of the block follows before they are read.
     DEVICE void begin_token(int new_position) {
@@ -218,14 +175,17 @@ struct Worker {
     // Queries, keys and values of the cluster's heads.
     DEVICE void project_qkv(int layer, Keys& keys) {
         MARK(0);
-        multiply<ROOM_QKV, QKV_MOST, QKV_TILES / RANKS, HIDDEN_STEPS, IN_LAYER>(rooms, qkv().count(),
-                                                                                exchange.at<EX_HIDDEN>(), 0, [&] {
-                                                                                    exchange.await<EX_HIDDEN>();
-                                                                                    MARK(1);
-                                                                                });
+        keys.begin(cache(p.keys, layer, 0), cache(p.values, layer, place.dims * OUT_DIMS), place.part, position);
+        const auto await = [&] {
+            exchange.await<EX_HIDDEN>();
+            MARK(1);
+            if (layer == 0) return;  // given back with the layer before, or the head
+            rooms.give_back<ROOM_GATED>();
+            rooms.give_back<ROOM_DOWN>();
+        };
+        multiply<ROOM_QKV, QKV_MOST, QKV_TILES / RANKS, HIDDEN_STEPS, IN_LAYER>(
+            rooms, qkv().count(), exchange.at<EX_HIDDEN>(), 0, await, true);
         MARK(2);
-        keys.begin(cache(p.keys, layer, 0), cache(p.values, layer, place.dims * OUT_DIMS), place.part,
-                   position);
         exchange.await<EX_SUMS>();
         // Four warps, or as many as it takes, send one voice's rows to all ranks.
         constexpr int SENDERS = RECEIVERS > 4 ? (RECEIVERS + 3) / 4 : 1, TOGETHER = TEAM_WARPS / SENDERS;
@@ -382,17 +342,18 @@ struct Worker {
     // The attended vector's product joins the residual stream. norm: the next one's index in the gains.
     DEVICE void project_attended(int norm) {
         const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
+        const auto await = [&] {
+            exchange.await<EX_ATTENDED>();
+            MARK(9);
+            merge_shares();
+            MARK(10);
+        };
         multiply<ROOM_O, OWN_TILES, HIDDEN_TILES / RANKS, ATTENDED_STEPS, IN_LAYER>(rooms, hidden.count(),
-                                                                                    base + ATTENDED_AT, 0, [&] {
-                                                                                        exchange.await<EX_ATTENDED>();
-                                                                                        MARK(9);
-                                                                                        merge_shares();
-                                                                                        MARK(10);
-                                                                                    });
+                                                                                    base + ATTENDED_AT, 0, await, true);
         MARK(11);
         sync();
         MARK(12);
-        if (!owns()) return listen(0);
+        if (!owns()) return;
         add_to_residual(0);
         MARK(13);
         publish_residual<EX_AFTER, EX_SUMS_AFTER>(next_gain);
@@ -400,12 +361,15 @@ struct Worker {
     }
 
     // Gate and up, and their product of SiLU: 8 channels of each tile.
-    DEVICE void gate_and_up() {
-        multiply<ROOM_GATED, GATED_MOST, GATED_TILES / RANKS, HIDDEN_STEPS, IN_LAYER>(rooms, gated().count(),
-                                                                                      exchange.at<EX_AFTER>(), 0, [&] {
-                                                                                          exchange.await<EX_AFTER>();
-                                                                                          MARK(15);
-                                                                                      });
+    DEVICE void gate_and_up(bool last) {
+        const auto await = [&] {
+            exchange.await<EX_AFTER>();
+            MARK(15);
+            rooms.give_back<ROOM_QKV>();
+            rooms.give_back<ROOM_O>();
+        };
+        multiply<ROOM_GATED, GATED_MOST, GATED_TILES / RANKS, HIDDEN_STEPS, IN_LAYER>(
+            rooms, gated().count(), exchange.at<EX_AFTER>(), 0, await, !last);
         MARK(16);
         exchange.await<EX_SUMS_AFTER>();
         // Warps take turns at the tiles of all voices, and stay with a voice where their number divides.
@@ -429,18 +393,19 @@ struct Worker {
         }
     }
 
-    DEVICE void project_gated(int norm) {
+    DEVICE void project_gated(int norm, bool last) {
         const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
         MARK(18);
-        multiply<ROOM_DOWN, OWN_TILES, HIDDEN_TILES / RANKS, GATED_STEPS, IN_LAYER>(rooms, hidden.count(),
-                                                                                    exchange.at<EX_GATED>(), 0, [&] {
-                                                                                        exchange.await<EX_GATED>();
-                                                                                        MARK(19);
-                                                                                    });
+        const auto await = [&] {
+            exchange.await<EX_GATED>();
+            MARK(19);
+        };
+        multiply<ROOM_DOWN, OWN_TILES, HIDDEN_TILES / RANKS, GATED_STEPS, IN_LAYER>(
+            rooms, hidden.count(), exchange.at<EX_GATED>(), 0, await, !last);
         MARK(20);
         sync();
         MARK(21);
-        if (!owns()) return listen(1);
+        if (!owns()) return;
         add_to_residual(1);
         MARK(22);
         publish_residual<EX_HIDDEN, EX_SUMS>(next_gain);
@@ -464,7 +429,8 @@ struct Worker {
         project_qkv(index, keys);
         attend(index, keys);
         project_attended(index * 2 + 1);
-        gate_and_up();
-        project_gated(index * 2 + 2);
+        const bool last = index + 1 == p.layers;  // what comes next gives back no rooms
+        gate_and_up(last);
+        project_gated(index * 2 + 2, last);
     }
 };

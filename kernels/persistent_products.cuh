@@ -8,7 +8,7 @@ DEVICE unsigned partial_row(unsigned base, int warp, int voice, int row) {
     return base + PARTIAL_AT + ((warp * VOICES + voice) * MOST_TILES * TILE + row) * 4;
 }
 
-constexpr int IN_LAYER = 20, IN_HEAD = 12;  // blocks of weights that a warp holds in registers, four of them each
+constexpr int IN_LAYER = 16, IN_HEAD = 12;  // blocks of weights that a warp holds in registers, four of them each
 
 // A warp's share of a product's k-steps: as many for each, and one more for the first few.
 template <int DEPTH> struct Steps {

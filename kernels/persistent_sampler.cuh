@@ -12,7 +12,8 @@ constexpr unsigned NEWS_AT = CANCEL_AT + 4;                 // count of tokens t
 constexpr unsigned FITS_AT = NEWS_AT + 12;                  // whether each warp's list holds what it keeps
 constexpr unsigned DISTANCES_AT = FITS_AT + TEAM_WARPS * 4;
 constexpr unsigned SAMPLER_END = aligned_16(DISTANCES_AT + DISTANCES * 4);
-// Scores and their search lie in the room of gate and up, where it is large enough: it is filled behind the choice then.
+// Scores and their search lie in the room of gate and up, where it is large enough: that room is empty
+// until the token is known.
 constexpr bool IN_ROOM = SEARCH_BYTES + SCORES_BYTES <= room_blocks(ROOM_GATED) * BLOCK_BYTES;
 constexpr unsigned SEARCH_AT = IN_ROOM ? room_at(ROOM_GATED) : SAMPLER_END;
 constexpr unsigned SCORES_AT = SEARCH_AT + SEARCH_BYTES;

@@ -41,7 +41,6 @@ constexpr int HEAD_MOST = (HEAD_TILES + BLOCKS - 1) / BLOCKS;
 
 constexpr int most_of_rank(int tiles) { return (tiles + RANKS - 1) / RANKS; }
 constexpr int larger(int a, int b) { return a > b ? a : b; }
-constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int QKV_MOST = most_of_rank(QKV_TILES), HIDDEN_MOST = most_of_rank(HIDDEN_TILES);
 constexpr int GATED_MOST = most_of_rank(GATED_TILES);
 constexpr int MOST_TILES = larger(larger(GATED_MOST, HEAD_MOST), larger(QKV_MOST, HIDDEN_MOST));
@@ -68,14 +67,6 @@ constexpr int head_before(int room) {
 }
 constexpr int HEAD_TOGETHER = head_before(ROOMS);  // tiles of a round
 constexpr int HEAD_ROUNDS = (HEAD_MOST + HEAD_TOGETHER - 1) / HEAD_TOGETHER;
-
-// Warps that look for the sums of other clusters on behalf of one that owns rows, and the cycles between two first looks.
-#ifndef MOST_LISTENERS
-#define MOST_LISTENERS 4
-#endif
-#ifndef LISTEN_EVERY
-#define LISTEN_EVERY 160
-#endif
 
 // Attention: the ranks of a head are VOICES sequences times PARTS shares of the keys times DIM_PARTS shares of the values'
 // dimensions.
@@ -142,9 +133,7 @@ constexpr unsigned SHARE_AT =
 constexpr unsigned ATTENDED_AT = SHARE_AT + TEAM_WARPS * OUT_STRIDE * 4;  // (VOICES, Q_ROWS) Element
 constexpr unsigned GAINS_AT = ATTENDED_AT + VOICES * ATTENDED_STRIDE;     // (2, HEAD_DIM) float of the layer
 constexpr unsigned ANGLES_AT = GAINS_AT + 2 * HEAD_DIM * 4;               // (2, HEAD_DIM / 2) float: cosines, sines
-constexpr unsigned HEARD_AT = ANGLES_AT + HEAD_DIM * 4;  // (2, warps that own rows, CLUSTERS, 32) words
-constexpr int HEARD_WORDS = 2 * ((HIDDEN_MOST + 1) / 2) * VOICES * CLUSTERS * 32;
-constexpr unsigned BARRIERS_AT = HEARD_AT + HEARD_WORDS * 8;
+constexpr unsigned BARRIERS_AT = ANGLES_AT + HEAD_DIM * 4;
 constexpr unsigned DEAD_AT = BARRIERS_AT + 8 * (2 * ROOMS + EXCHANGES);
 constexpr unsigned STOP_AT = DEAD_AT + 4;  // 1: no more weights are wanted
 constexpr unsigned SHARED_END = DEAD_AT + 16;

@@ -13,7 +13,6 @@ DEVICE void begin_block(Worker& worker) {
         store_flag_shared(worker.base + DEAD_AT, 0u);
         store_flag_shared(worker.base + STOP_AT, 0u);
     }
-    for (int i = threadIdx.x; i < HEARD_WORDS; i += BLOCK_THREADS) store_word_shared(worker.base + HEARD_AT + i * 8, 0);
     worker.exchange.begin();
     if (threadIdx.x == 0) barrier_init_fence();
 }

@@ -1,6 +1,10 @@
 // The weights of a block as one stream through rooms in shared memory, one room for each product of a layer. One warp fills
-// a room as soon as the product has read it, about a layer ahead of the arithmetic. Block (tile, k) of a product lies at
-// tile * depth + k.
+// a room once it is given back, and has what follows a layer later brought into the second-level cache meanwhile. Block
+// (tile, k) of a product lies at tile * depth + k.
+//
+// What a block hears of others through global memory queues behind the weights that it has asked for: a room of 80 KB is in
+// the way for 1,300 cycles. So rooms are given back where nobody waits for such words: those of the MLP when a layer begins,
+// those of QKV and O when the MLP does, and those of the output head when the token is known.
 #pragma once
 
 #include "persistent_watch.cuh"
@@ -72,6 +76,7 @@ struct Streamer {
     int layers;
     bool with_head;
     const char* next = nullptr;
+    int of_layer = 0, of_token = 0;                 // bytes
     unsigned full = 0, empty = (1u << ROOMS) - 1u;  // parities of the next phases: a fresh room is empty
     unsigned used = 0;                              // bit r: room r has been filled
 
@@ -87,12 +92,23 @@ struct Streamer {
         sync_warp();
         for (unsigned at = lane_index() * PIECE_BYTES; at < bytes; at += 32 * PIECE_BYTES)
             copy_bulk(base + Work::start(room) + at, next + at, min(PIECE_BYTES, bytes - at), arrived);
+        for (unsigned at = lane_index() * PIECE_BYTES; at < bytes; at += 32 * PIECE_BYTES) prefetch(at, bytes);
         next += bytes;
         empty ^= 1u << room, full ^= 1u << room, used |= 1u << room;
     }
 
+    // What lies a layer behind byte `at` of the copy under way.
+    DEVICE void prefetch(unsigned at, unsigned bytes) const {
+        int later = static_cast<int>(next - stream) + static_cast<int>(at) + of_layer;
+        if (later >= of_token) later -= of_token;
+        const unsigned left = min(static_cast<unsigned>(of_token - later), bytes - at);
+        prefetch_bulk(stream + later, min(PIECE_BYTES, left));
+    }
+
     // Copies the stream of one token after the other, until told to stop.
     DEVICE void run() {
+        of_layer = (work.qkv + work.o + work.gated + work.down) * BLOCK_BYTES;
+        of_token = of_layer * layers + (with_head ? work.head * HIDDEN_STEPS * BLOCK_BYTES : 0);
         while (!stopped()) {
             next = stream;
 #pragma unroll 1

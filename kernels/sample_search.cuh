@@ -206,8 +206,9 @@ private:
         for (int entry = scores.first(); entry < scores.end(); entry += scores.step()) {
             const int id = scores.id(entry);
             const float score = scores.of(id);
+            if (!prefix.holds(softmax, score, id)) continue;  // cheaper than the weight, and few are left at deeper levels
             const Weight weight = softmax.weigh(score);
-            if (!weight.any() || !prefix.holds(softmax, score, id)) continue;
+            if (!weight.any()) continue;
             const unsigned at = cell(prefix.next_digit(softmax, score, id));
             atomic_add_shared(at, static_cast<unsigned>(weight.low + HALF_LIMB));
             atomic_add_shared(at + CELLS_BYTES, static_cast<unsigned>(weight.high));
@@ -278,8 +279,9 @@ private:
         for (int entry = scores.first(); entry < scores.end(); entry += scores.step()) {
             const int id = scores.id(entry);
             const float score = scores.of(id);
+            if (!prefix.holds(softmax, score, id)) continue;  // cheaper than the weight, and few are left at deeper levels
             const Weight weight = softmax.weigh(score);
-            if (!weight.any() || !prefix.holds(softmax, score, id)) continue;
+            if (!weight.any()) continue;
             const unsigned at = CANDIDATES_AT + atomic_add_shared(smem + COUNTER_AT, 1u) * 16;
             const Sum place = softmax.fine(score, id), sum = weight.sum();
             store_shared<uint4>(smem + at,

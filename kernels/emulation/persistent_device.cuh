@@ -65,6 +65,7 @@ inline bool barrier_done(unsigned address, unsigned parity) {
 }
 
 inline void fence_copies() {}
+inline void prefetch_bulk(const void*, unsigned) {}
 inline void copy_bulk(unsigned shared_address, const void* source, unsigned bytes, unsigned barrier) {
     for (unsigned i = 0; i < bytes; i += 16) {
         const uint4 piece = load_global<uint4>(static_cast<const char*>(source) + i);
@@ -117,16 +118,6 @@ inline unsigned load_acquire(unsigned address) {
 
 inline void store_flag_shared(unsigned address, unsigned value) { store_release(address, value); }
 inline unsigned load_flag_shared(unsigned address) { return load_acquire(address); }
-
-inline void store_word_shared(unsigned address, Word word) {
-    emulated_flags[emulated_key(address)] = word;
-    emulation::signal(emulated_phase(emulated_key(address), 0));
-}
-inline Word load_word_shared(unsigned address) {
-    emulation::observe(emulated_phase(emulated_key(address), 0));
-    return emulated_flags[emulated_key(address)];
-}
-inline void wait_cycles(unsigned) {}
 
 inline bool all_lanes(bool predicate) { return emulation::ballot(predicate) == 0xffffffffu; }
 inline int bits_set(unsigned mask) { return __builtin_popcount(mask); }

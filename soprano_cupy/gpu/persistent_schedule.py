@@ -177,7 +177,6 @@ class Shape:
         total = sum(self.room_bytes()) + sum(ceil(n, 16) * 16 for n in self.exchange_bytes())
         total += WARPS * self.voices * most * TILE * 4 + WARPS * (self.out_dims + 4) * 4
         total += self.voices * (self.q_rows * 2 + 16) + 2 * self.head_dim * 4 + self.head_dim * 4
-        total += 2 * self.owners * self.voices * self.clusters * 32 * 8
         return total + 8 * (2 * len(self.room_bytes()) + len(self.exchange_bytes())) + 16
 
     def defines(self) -> tuple[tuple[str, int], ...]:
