@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 MAX_RETRIES = 100
 MIN_TEXT_LENGTH = 30  # characters; cut finer than this, no model speaks well
+MUCH_AUDIO_BYTES = 64 << 20  # eight minutes and more
+JOINING_THREADS = 4
 
 
 class SopranoTTS:
@@ -268,7 +270,7 @@ class SopranoTTS:
                 raise TextError(f"texts[{index}]: {error}" if len(texts) > 1 else str(error)) from None
         self.timings = timings = Timings(text_s=time.perf_counter() - begin)
         audio = iter(self.engine.speak([r for requests in per_text for r in requests], retries, timings))
-        return [np.concatenate([next(audio) for _ in requests]) for requests in per_text]
+        return _joined([[next(audio) for _ in requests] for requests in per_text])
 
     def _requests(self, text: Any, params: SamplingParams) -> list[Request]:
         """One request for each sentence; sentence i draws from random stream i."""
@@ -278,6 +280,14 @@ class SopranoTTS:
         if not prompts:
             raise TextError(f"nothing to speak in {text!r:.60}; give at least one word or number")
         return [Request(ids, params, index) for index, ids in enumerate(self._tokenizer.encode_batch(prompts))]
+
+
+def _joined(texts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
+    """The sentences of each text in memory of its own; much of it by several threads, since new memory comes slowly."""
+    if sum(sentence.nbytes for sentences in texts for sentence in sentences) < MUCH_AUDIO_BYTES:
+        return [np.concatenate(sentences) for sentences in texts]
+    with ThreadPoolExecutor(JOINING_THREADS) as pool:
+        return list(pool.map(np.concatenate, texts))
 
 
 def load_models(folder: Path, device: str, dtype: str, attention: str) -> tuple[Qwen3, VocosDecoder]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from soprano_cupy import CheckpointError, OutputError, ParameterError, SopranoTTS, TextError
+from soprano_cupy import CheckpointError, OutputError, ParameterError, SopranoTTS, TextError, pipeline
 from soprano_cupy.generation import LOOP_LENGTH
 from soprano_cupy.pipeline import max_text_length
 from soprano_cupy.testing import TINY, make_checkpoint
@@ -59,6 +59,15 @@ def test_a_batch_gives_each_text_what_it_gets_alone(tts: SopranoTTS) -> None:
         alone = tts.infer(text, temperature=0.7, seed=3)
         assert audio.shape == alone.shape
         assert np.abs(audio - alone).max() <= 1e-5
+
+
+def test_much_audio_is_joined_by_threads(tts: SopranoTTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{TEXT} {i}." for i in range(9)]
+    expected = tts.infer_batch(texts)
+    monkeypatch.setattr(pipeline, "MUCH_AUDIO_BYTES", 1)
+    for audio, one in zip(tts.infer_batch(texts), expected, strict=True):
+        assert audio.flags.owndata
+        np.testing.assert_array_equal(audio, one)
 
 
 def test_seeds(tts: SopranoTTS) -> None:
