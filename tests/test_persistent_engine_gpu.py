@@ -148,6 +148,23 @@ def test_limits_and_the_end(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(out.tokens) <= 4
 
 
+@pytest.mark.parametrize("setting", ["0", "1"])
+def test_prompts_by_graphs(folder: Path, monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    """A prompt's first time is by single launches, the next by a graph with further rows: the same bits."""
+    model = load(folder, monkeypatch, "1")
+    model.runner.persistent.use(setting)
+    rng = np.random.default_rng(2)
+    for length in (1, 15, 16, 17, 40, 63, 64, 65, 100, 200, 256, 257):
+        ids = rng.integers(4, model.config.vocab_size, length).astype(np.int32)
+        first, *others = (model.generate(ids, max_new_tokens=3) for _ in range(3))
+        for other in others:
+            np.testing.assert_array_equal(other.tokens, first.tokens)
+            assert bool((other.states == first.states).all()), f"{length} tokens"
+    graphs = model.runner._idle[-1]._prompt_graphs
+    assert sorted(graphs) == [16, 32, 48, 64, 80, 112, 208, 256]
+    assert all(graphs.values())
+
+
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_a_thousand_runs_are_identical(folder: Path, monkeypatch: pytest.MonkeyPatch, sampling: dict[str, Any]) -> None:
     model = load(folder, monkeypatch, "1")

@@ -90,6 +90,7 @@ class StandIn:
         facts = DeviceFacts(0, "stand-in", (9, 0), multiprocessors)
         replaced: dict[str, Any] = {
             "Event": self._event(),
+            "Graph": Graph,
             "MappedMemory": MappedMemory,
             "load_program": self._load_program,
             "on_device": on_device,
@@ -103,7 +104,7 @@ class StandIn:
             for name, value in replaced.items():
                 if name in vars(module):
                     monkeypatch.setattr(module, name, value)
-        for name in ("Event", "MappedMemory", "load_program", "on_device", "driver_problem"):
+        for name in ("Event", "Graph", "MappedMemory", "load_program", "on_device", "driver_problem"):
             monkeypatch.setitem(vars(program), name, replaced[name])
 
     def _cupy(self) -> types.ModuleType:
@@ -179,6 +180,21 @@ class MappedMemory:
 
     def view(self) -> memoryview:
         return memoryview(self._bytes)
+
+
+class Graph:
+    """Programs with their symbols, run again by each launch."""
+
+    def __init__(self, steps: Sequence[tuple[Any, ...]]) -> None:
+        self._steps = steps
+
+    @classmethod
+    def capture(cls, stream: int, steps: Sequence[tuple[Any, ...]]) -> Graph:
+        return cls(steps)
+
+    def launch(self, stream: int) -> None:
+        for program_, *symbols in self._steps:
+            program_.run(stream, *symbols)
 
 
 @contextmanager

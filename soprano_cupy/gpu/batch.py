@@ -49,6 +49,7 @@ SLOT_TABLES = ("slots", "seen", "slot_of_row")  # of an upload: what the samplin
 PROMPT_TABLES = ("starts", "lengths", "ids", "row_slots", "row_positions")  # what a prefill needs
 SPIN_S, LISTENER_SPIN_S = 50e-6, 1e-3  # that a wait looks without a pause; behind that, sleeps of 20 us take 70
 PROMPT_CLASSES = (16, 64, 256, 1024)  # most rows of a prefill program; beyond, what the arena holds
+PADDED_PROMPT, MOST_PADDED_PROMPT = 16, 256  # a prompt's rows in a graph are a multiple of this, and at most that
 STEPS = 2  # of a graph
 AHEAD = 6  # steps under way before the host waits
 SHRINK_EVERY = 16  # steps after which rows that have ended are left behind; a fixed number, so that every run is alike
@@ -84,6 +85,8 @@ class Batch:
         self._cache = Cache(self._arena.pointer("keys"), self._arena.pointer("values"), sizes.slots, sizes.capacity)
         self._programs: dict[tuple[Any, ...], Program] = {}
         self._graphs: dict[int, Graph] = {}
+        self._prompt_graphs: dict[int, Graph | None] = {}  # of one voice, by padded rows
+        self._prompt_due = 0  # rows of a graph that the next call may want
         self._words = ControlWords()
         self._run: PersistentRun | None = None  # of the present call, while the persistent kernel computes it
         logger.info(
@@ -187,6 +190,7 @@ class Batch:
         if (step.progress_status(self.progress[:count]) == step.RUNNING).any():  # given up by the caller
             self.stream.synchronize()
         self.stream.wait_event(cupy.cuda.get_current_stream().record())
+        self._capture_prompt()
 
     def abandon(self) -> None:
         """After an error, before the memory is freed: the persistent kernel writes to it no more."""
@@ -206,10 +210,35 @@ class Batch:
         """The prompts of slots first, first + 1, ...: their keys and values, and the last row of each."""
         lengths = [len(ids) for ids in prompts]
         rows, longest = sum(lengths), max(lengths)
-        self._upload.prompts(prompts, first)
+        padded_rows = -(-rows // PADDED_PROMPT) * PADDED_PROMPT
+        graph = self._prompt_graphs.get(padded_rows) if self.sizes.slots == 1 else None
+        self._upload.prompts(prompts, first, padded_rows if graph is not None else rows)
         self._upload.send(self.stream.ptr, PROMPT_TABLES)
+        if graph is not None:
+            graph.launch(self.stream.ptr)
+            return
         program = self._prompt_program(rows, len(prompts), first)
         program.run(self.stream.ptr, rows=rows, sequences=len(prompts), longest=longest)
+        if self.sizes.slots == 1 and padded_rows <= MOST_PADDED_PROMPT:
+            self._prompt_due = padded_rows
+
+    def _capture_prompt(self) -> None:
+        """A graph for prompts as long as the last one: launching a hundred kernels takes longer than they do.
+
+        Rows are rounded up; those behind the prompt have no slot and mean nothing to the others. It is made when a call
+        is over, so that nobody waits for it.
+        """
+        rows, self._prompt_due = self._prompt_due, 0
+        if not rows or rows in self._prompt_graphs:
+            return
+        self._prompt_graphs[rows] = None  # for good, where it fails
+        try:
+            steps = [(self._prompt_program(rows, 1, 0), rows, 1, rows)]
+            self._prompt_graphs[rows] = Graph.capture(self._capture_stream.ptr, steps)
+        except DeviceError as error:
+            if error.sticky:
+                raise
+            logger.info("no graph for prompts of %d tokens: %s", rows, error)
 
     # -- the persistent kernel --------------------------------------------------------------------------------------
 

@@ -39,8 +39,8 @@ class Upload:
         self._views["slot_of_row"][:] = -1
         self._views["slot_of_row"][:count] = np.arange(count)
 
-    def prompts(self, prompts: Sequence[np.ndarray], first: int) -> None:
-        """Rows of the prompts of slots first, first + 1, ..."""
+    def prompts(self, prompts: Sequence[np.ndarray], first: int, padded_rows: int = 0) -> None:
+        """Rows of the prompts of slots first, first + 1, ...; behind them, up to `padded_rows`, rows of no slot."""
         lengths = np.array([len(ids) for ids in prompts])
         rows, count, views = int(lengths.sum()), len(prompts), self._views
         views["starts"][0] = 0
@@ -49,6 +49,9 @@ class Upload:
         views["ids"][:rows] = np.concatenate(prompts)
         views["row_slots"][:rows] = np.repeat(np.arange(first, first + count), lengths)
         views["row_positions"][:rows] = np.arange(rows) - np.repeat(views["starts"][:count], lengths)
+        views["ids"][rows:padded_rows] = 0
+        views["row_slots"][rows:padded_rows] = -1
+        views["row_positions"][rows:padded_rows] = 0
 
     def rows(self, sources: np.ndarray, slots: np.ndarray) -> None:
         """Rows 0, 1, ... of the step are rows `sources` of before, with these slots; further rows have none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ Array = Any  # cupy.ndarray or numpy.ndarray
 # a voice has the same bits whatever the sizes of its pushes. Longer pushes take several runs.
 MOST_ROWS = 64
 LEAST_CHUNK = 4  # tokens of a run, for decoders whose windows reach so far that these are more than MOST_ROWS
+GRAPH_AFTER, MOST_GRAPHS = 2, 32  # uses of the same numbers of rows, tokens and spans; graphs that are kept
 STREAM_CLASSES = (4, 16)  # most frames of a program; beyond, what the table holds. Every voice needs these two
 
 
@@ -68,8 +70,11 @@ class StreamTable:
         self._samples = program.MappedMemory(rows * config.hop_length * 4)
         self._host_samples = np.frombuffer(self._samples.view(), np.float32)
         self._programs: dict[int, program.Program] = {}
+        self._graphs: dict[tuple[int, ...], program.Graph] = {}
+        self._uses: Counter[tuple[int, ...]] = Counter()
         self._free = list(range(slots))
         self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._capture_stream = cupy.cuda.Stream(non_blocking=True)
         self._entered, self._left = program.Event(), program.Event()
         cupy.cuda.runtime.deviceSynchronize()  # the arena is zeroed: our own stream would not wait for that
         for frames in STREAM_CLASSES:
@@ -132,12 +137,23 @@ class StreamTable:
 
         tables = _tables_of(pieces[0]) if len(pieces) == 1 else build_tables(pieces, 1)
         self._tables.send(tables, self._stream.ptr, samples=self._samples.device)
-        launches = self._program(len(tables.rows))
-        launches.run(self._stream.ptr, len(tables.rows), len(tables.tokens), len(tables.spans))
+        self._launch(len(tables.rows), len(tables.tokens), len(tables.spans))
         synchronize(self._stream.ptr)
         count = sum(piece.hops for piece in pieces) * self.config.hop_length
         samples: np.ndarray = self._host_samples[:count].copy()
         return samples
+
+    def _launch(self, *counts: int) -> None:
+        """Rows, tokens and spans; those that come again by a graph: launching 30 kernels takes longer than they do."""
+        graph = self._graphs.get(counts)
+        if graph is None:
+            launches = self._program(counts[0])
+            launches.run(self._stream.ptr, *counts)
+            self._uses[counts] += 1
+            if self._uses[counts] == GRAPH_AFTER and len(self._graphs) < MOST_GRAPHS:
+                self._graphs[counts] = program.Graph.capture(self._capture_stream.ptr, [(launches, *counts)])
+            return
+        graph.launch(self._stream.ptr)
 
     def _program(self, rows: int) -> program.Program:
         classes = (*STREAM_CLASSES, self._capacity.rows)
