@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -118,25 +119,41 @@ def margin(engine: Engine, request: Request, expected: Any, states: np.ndarray, 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
 def test_several_voices(engine: Engine, count: int) -> None:
-    """Together each gets what it gets alone with the same columns, and what the graph path gives."""
+    """Together each gets what it gets alone behind the same first token, but where two choices are closer than the error.
+
+    Alone on the GPU, not alone at the prompts: another number of prompts takes other kernels, whose first draw may differ.
+    """
     problem = engine.decoder.problem(count)
     if problem is not None:
         pytest.skip(problem)
-    requests = [ask(PROMPTS[i % 3], 20 + 5 * i, **list(SAMPLINGS.values())[i % 2]) for i in range(count)]
+    kinds = [list(SAMPLINGS.values())[i % 2] for i in range(count)]
+    requests = [ask(PROMPTS[i % 3], 20 + 5 * i, **kinds[i]) for i in range(count)]
+    together, alone = (voices(engine, requests, groups) for groups in ([range(count)], [[i] for i in range(count)]))
+    for request, kind, (tokens, states), (expected, expected_states) in zip(
+        requests, kinds, together, alone, strict=True
+    ):
+        assert tokens[0] == expected[0]
+        same = first_difference(tokens, expected)
+        kept = min(same + 1, len(states), len(expected_states))
+        reference = expected_states[:kept].get()
+        error = np.abs(states[:kept].get() - reference).max() / np.sqrt((reference**2).mean())
+        assert error < 0.1, "states"
+        if same < max(len(tokens), len(expected)):
+            other = SimpleNamespace(tokens=expected, states=expected_states)
+            assert margin(engine, request, other, states.get(), same, kind) < 1.0
+
+
+def voices(engine: Engine, requests: list[Request], groups: Any) -> list[tuple[np.ndarray, Any]]:
+    """(tokens, states) of each request, generated a group at a time behind first tokens that all draw together."""
     with engine.model.borrowed(requests) as batch:
         batch.begin(requests, give_up=False)
-        places = [batch.places(slot) for slot in range(count)]
-        engine.decoder.launch(batch.stream.ptr, places, batch.common(persistent.UNLIMITED))
-        batch.stream.synchronize()
-        engine.decoder.check()
-        counts = [step.progress_count(int(batch.progress[i])) for i in range(count)]
-        results = [(np.array(batch.tokens[i, :n]), batch.states[i, :n].get()) for i, n in enumerate(counts)]
-    for request, (tokens, states) in zip(requests, results, strict=True):
-        alone = engine.persistent(request)
-        same = first_difference(tokens, alone[0])
-        assert same >= 1
-        reference = alone[1][:same]
-        assert np.abs(states[:same] - reference).max() <= 0.1 * np.sqrt((reference**2).mean())
+        for group in groups:
+            places = [batch.places(slot) for slot in group]
+            engine.decoder.launch(batch.stream.ptr, places, batch.common(persistent.UNLIMITED))
+            batch.stream.synchronize()
+            engine.decoder.check()
+        counts = [step.progress_count(int(batch.progress[i])) for i in range(len(requests))]
+        return [(np.array(batch.tokens[i, :n]), batch.states[i, :n].copy()) for i, n in enumerate(counts)]
 
 
 def test_in_parts(engine: Engine) -> None:
