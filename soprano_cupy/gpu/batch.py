@@ -219,7 +219,7 @@ class Batch:
             return
         program = self._prompt_program(rows, len(prompts), first)
         program.run(self.stream.ptr, rows=rows, sequences=len(prompts), longest=longest)
-        if self.sizes.slots == 1 and padded_rows <= MOST_PADDED_PROMPT:
+        if self.sizes.slots == 1 and padded_rows <= min(MOST_PADDED_PROMPT, prompt_capacity(self.sizes)):
             self._prompt_due = padded_rows
 
     def _capture_prompt(self) -> None:
