@@ -119,9 +119,9 @@ def margin(engine: Engine, request: Request, expected: Any, states: np.ndarray, 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 8])
 def test_several_voices(engine: Engine, count: int) -> None:
-    """Together each gets what it gets alone behind the same first token, but where two choices are closer than the error.
+    """Together each gets what it gets alone, but where two choices are closer than the error.
 
-    Alone on the GPU, not alone at the prompts: another number of prompts takes other kernels, whose first draw may differ.
+    Behind the same first token, that is: another number of prompts takes other kernels, whose first draw may differ.
     """
     problem = engine.decoder.problem(count)
     if problem is not None:
