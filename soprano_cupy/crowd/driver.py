@@ -23,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 FIRST_STATES = 5  # of a stream's first piece: four make the first sample final
 LATER_STATES = 24  # of the first piece of a sentence that is not heard yet
-LONGEST_PIECE = 64  # states; pieces double up to here while the listener has enough to hear
+GROWTH = 2  # a piece's new states for each that has been made before, while the listener has enough to hear
+LONGEST_PIECE = 64  # states
 PATIENCE_S = 1.0  # a whole sentence's audio is made as if it ran dry so long after its end
 PIECE_COST = 6  # states that a piece costs beside its own: what surrounds it is made again
 NEWEST_STEP = 0.05  # weight of a step's time in their mean
@@ -127,12 +128,13 @@ class Driver:
                 self._order(sentence, Order(slot, count, False, sentence.job.wish.pcm), now)
 
     def _next_piece(self, slot: int, sentence: Sentence, count: int, now: float) -> int:
-        """Tokens until a stream's next piece: as many again, or so few that half of what there is to hear is left."""
+        """Tokens until a stream's next piece: twice as many, or so few that half of what there is to hear is left."""
+        most = min(GROWTH * count, LONGEST_PIECE)
         given = (count - int(self._ordered[slot])) * TOKEN_S
         if sentence.index != sentence.job.next or self._step_s <= 0:
-            return min(count, LONGEST_PIECE)
+            return most
         patience = (sentence.job.audio_ends() + given - now) / (2 * self._step_s)
-        return max(1, min(count, LONGEST_PIECE, int(patience)))
+        return max(1, min(most, int(patience)))
 
     def _end(self, slot: int, sentence: Sentence, count: int, status: int, stuck: bool, now: float) -> None:
         """A slot draws no more tokens."""
