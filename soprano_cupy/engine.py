@@ -15,7 +15,7 @@ import numpy as np
 
 from .config import SAMPLE_RATE_HZ
 from .generation import Generation, Request, begin, generate
-from .runner import DecoderRunner, LanguageModelRunner
+from .runner import DecoderRunner, DecoderStream, LanguageModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +79,13 @@ class Engine:
         if retries:
             yield from self.speak([request], retries, timings)
             return
-        voice = self.decoder.stream()
+        voice: DecoderStream | None = None  # opened while the second token is on its way
         since = time.perf_counter()
         for steps in begin(self.language_model, [request]):
             timings.tokens += 1
             timings.language_model_s += time.perf_counter() - since
             since = time.perf_counter()
+            voice = voice or self.decoder.stream()
             state = steps[0].state
             piece = voice.push(state[None]) if state is not None else np.empty(0, np.float32)
             timings.decoder_s += time.perf_counter() - since
@@ -94,7 +95,7 @@ class Engine:
             since = time.perf_counter()
             if steps[0].finish_reason:
                 _warn(steps[0].finish_reason, steps[0].stuck)
-        piece = voice.finish()
+        piece = voice.finish() if voice is not None else np.empty(0, np.float32)
         timings.decoder_s += time.perf_counter() - since
         timings.samples += len(piece)
         if len(piece):
