@@ -229,6 +229,23 @@ def test_newcomers_are_gathered_where_many_speak() -> None:
     idle(stage)
 
 
+def test_a_book_is_gathered_too() -> None:
+    """A book that has all the slots it may have: its next sentences wait for each other."""
+    stage = Stage(Scheduler(), [256])
+    device = stage.device()
+    device.prompt_rows, device.most_entries = 4096, 64
+    stage.scheduler.submit(requests(0, [(40 + i % 97, 0) for i in range(900)]), Wish(), 0.0)
+    admissions: list[int] = []
+    admit = device.admit
+    device.admit = lambda entries: (admissions.append(len(entries)), admit(entries))  # type: ignore[assignment, func-returns-value]
+    while stage.scheduler.waiting:
+        stage.turn()
+    assert sum(admissions) == 900
+    assert len(admissions) <= 900 / 8
+    stage.run()
+    idle(stage)
+
+
 @pytest.mark.parametrize(("slots", "stream", "turns"), [(128, True, 1), (128, False, 9), (8, False, 1)])
 def test_streams_and_small_crowds_wait_for_nobody(slots: int, stream: bool, turns: int) -> None:
     """One who comes when all but a few slots are taken."""

@@ -87,16 +87,15 @@ class Driver:
 
     def _admit(self, now: float) -> None:
         room = min(len(self._free), self.device.most_entries)
-        ready = min(room, self._scheduler.waiting)
-        if not ready:
+        if not room or not self._scheduler.waiting:
             return
-        few = ready < min(self.generating // GATHER_PART, self.device.prompt_rows // GATHER_PROMPT)
-        if few and self._held_in < GATHER_STEPS and not self._scheduler.pressing(now):
-            self._held_in += 1
-            return
-        self._held_in = 0
+        least = 1
+        if self._held_in < GATHER_STEPS and not self._scheduler.pressing(now):
+            least = max(1, min(self.generating // GATHER_PART, self.device.prompt_rows // GATHER_PROMPT))
+        sentences = self._scheduler.admit(self, room, self.device.prompt_rows, now, least)
+        self._held_in = 0 if sentences or least == 1 else self._held_in + 1
         entries = []
-        for sentence in self._scheduler.admit(self, room, self.device.prompt_rows, now):
+        for sentence in sentences:
             slot = heapq.heappop(self._free)
             self._of[slot], self._slot_of[sentence] = sentence, slot
             self._generating[slot], self._ordered[slot] = True, 0

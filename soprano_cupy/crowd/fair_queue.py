@@ -53,6 +53,15 @@ class FairQueue:
         self._run = 0 if job is None else self._run + 1
         return job or self._earliest(blocked) or self._hurried(now, blocked)
 
+    def ready(self, most: int, enough: int) -> int:
+        """Sentences that wait, of jobs that may have `most` running each; counted until there are `enough`."""
+        count = 0
+        for job in self._queued:
+            count += max(0, min(len(job.waiting), most - len(job.running)))
+            if count >= enough:
+                break
+        return count
+
     def pressing(self, now: float) -> bool:
         """Whether a stream waits that is due."""
         return bool(self._urgent) and self._hurried(now, set()) is not None

@@ -191,14 +191,19 @@ class Scheduler:
             self.changed.notify_all()
         self.flush()
 
-    def admit(self, driver: Driver, room: int, rows: int, now: float) -> list[Sentence]:
-        """Sentences for up to `room` slots whose prompts have up to `rows` tokens together, or one of any length."""
+    def admit(self, driver: Driver, room: int, rows: int, now: float, least: int = 1) -> list[Sentence]:
+        """Sentences for up to `room` slots whose prompts have up to `rows` tokens together, or one of any length.
+
+        None where fewer than `least` could be admitted now, prompts' lengths aside.
+        """
         chosen: list[Sentence] = []
         with self.lock:
             if driver not in self._running:
                 return chosen
             room = min(room, self._fair_room(driver))
             most = self._most_of_one()
+            if least > 1 and (room < least or self._queue.ready(most, least) < least):
+                return chosen
             blocked: set[Job] = set()
             while len(chosen) < room and len(self._queue):
                 job = self._queue.choose(now, blocked)
