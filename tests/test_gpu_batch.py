@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import threading
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 
 from soprano_cupy import DeviceError
 from soprano_cupy.generation import Request
-from soprano_cupy.gpu import slots
+from soprano_cupy.gpu import qwen3, slots
 from soprano_cupy.gpu.batch_sizes import (
     BUCKETS,
     BatchSizes,
@@ -162,3 +165,56 @@ def test_numbers_that_are_not_finite_are_an_error() -> None:
 
 def test_buckets_are_powers_of_two() -> None:
     assert tuple(1 << i for i in range(12)) == BUCKETS
+
+
+class Lent(FakeBatch):
+    """A batch that says what has become of it."""
+
+    sizes = BatchSizes(1, 1024, 512)
+
+    def __init__(self) -> None:
+        super().__init__([[7, 8, 3]], [word(3, slots.STOP)])
+        self.told: list[str] = []
+
+    def settle(self, count: int) -> None:
+        assert self in qwen3._borrowed  # its stream is used here
+        self.told.append("settled")
+
+    def abandon(self) -> None:
+        assert self in qwen3._borrowed
+        self.told.append("abandoned")
+
+
+def lender(batch: Lent) -> Any:
+    model: Any = object.__new__(qwen3.GpuLanguageModel)
+    model.config, model._lock, model._on_device = SOPRANO_1_1_80M, threading.Lock(), nullcontext()
+    model._idle = [batch]
+    return model
+
+
+def test_a_batch_is_known_to_the_module_while_it_is_lent() -> None:
+    """So that the garbage collector, which may close a lost stream at any time, finds the batch whole."""
+    batch = Lent()
+    model = lender(batch)
+    assert len(GpuRounds(model, [request(3)], give_up=False).results()) == 1
+    assert (batch.told, model._idle) == (["settled"], [batch])
+    rounds_ = iter(GpuRounds(model, [request(3)], give_up=False))
+    next(rounds_)
+    assert batch in qwen3._borrowed
+    assert model._idle == []
+    lost: dict[str, Any] = {"rounds": rounds_, "model": model}
+    lost["lost"] = lost
+    del rounds_, model, lost
+    gc.collect()
+    assert batch.told == ["settled", "settled"]
+    assert batch not in qwen3._borrowed
+
+
+def test_a_batch_behind_an_error_is_not_lent_again() -> None:
+    batch = Lent()
+    batch.words = [word(1, slots.FAILED)]
+    model = lender(batch)
+    with pytest.raises(DeviceError, match="not finite"):
+        GpuRounds(model, [request(3)], give_up=False).results()
+    assert (batch.told, model._idle) == (["abandoned"], [])
+    assert batch not in qwen3._borrowed
