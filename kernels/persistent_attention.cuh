@@ -45,9 +45,11 @@ template <int N> DEVICE void load_floats(unsigned at, float* to) {
             const float4 v = load_shared<float4>(at + 4 * i);
             to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
         }
-    } else {
+    } else if constexpr (N == 2) {
         const float2 v = load_shared<float2>(at);
         to[0] = v.x, to[1] = v.y;
+    } else {
+        to[0] = load_shared<float>(at);
     }
 }
 
@@ -62,27 +64,50 @@ DEVICE float sum_of_group(float sum) {
 struct HeadLanes {
     float low[HALF_LANE], high[HALF_LANE];
 
-    // raw: (HEAD_DIM,) float in shared memory.
-    DEVICE void load(unsigned raw) {
-        const unsigned at = raw + lane_index() % 8 * HALF_LANE * 4;
-        load_floats<HALF_LANE>(at, low);
-        load_floats<HALF_LANE>(at + HEAD_DIM * 2, high);
+    // How a warp passes a head on to its groups: PIECE elements of one lane after those of the next, so that lanes that load
+    // together find them in different banks.
+    static constexpr int PIECE = HALF_LANE < 4 ? HALF_LANE : 4;
+    static constexpr int LANE_PAIRS = HEAD_DIM < 64 ? 1 : HEAD_DIM / 64;  // pairs of elements that a lane turns
+    DEVICE static unsigned place_of(unsigned scratch, int element) {      // of a half
+        const int lane = element / HALF_LANE, piece = element % HALF_LANE / PIECE;
+        return scratch + ((piece * 8 + lane) * PIECE + element % PIECE) * 4;
     }
-    // Gain and rotation by the angles (cosines in `low`, sines in `high`; both in shared memory). Returns the factor of the
-    // RMS norm, which is left to do: it is the same for all elements.
-    DEVICE float turn(unsigned gain_at, unsigned angles_at, float epsilon) {
-        HeadLanes gain, angles;
-        gain.load(gain_at);
-        angles.load(angles_at);
-        float sum = 0.0f, other = 0.0f;
+
+    // By a whole warp: a head (HEAD_DIM floats at `raw`) times its gain and rotated by the angles (cosines, then sines), into
+    // the lanes of every group, through HEAD_DIM floats of scratch that are the warp's own. All in shared memory. Returns the
+    // factor of the RMS norm, which is left to do: it is the same for all elements.
+    DEVICE float turn(unsigned raw, unsigned gain_at, unsigned angles_at, unsigned scratch, float epsilon) {
+        constexpr unsigned HALF_BYTES = HEAD_DIM * 2;
+        const int first = lane_index() * LANE_PAIRS;
+        float sum = 0.0f;
+        if (first < HEAD_DIM / 2) {
+            float l[LANE_PAIRS], h[LANE_PAIRS], gain_l[LANE_PAIRS], gain_h[LANE_PAIRS], cosine[LANE_PAIRS],
+                sine[LANE_PAIRS];
+            load_floats<LANE_PAIRS>(raw + first * 4, l);
+            load_floats<LANE_PAIRS>(raw + HALF_BYTES + first * 4, h);
+            load_floats<LANE_PAIRS>(gain_at + first * 4, gain_l);
+            load_floats<LANE_PAIRS>(gain_at + HALF_BYTES + first * 4, gain_h);
+            load_floats<LANE_PAIRS>(angles_at + first * 4, cosine);
+            load_floats<LANE_PAIRS>(angles_at + HALF_BYTES + first * 4, sine);
 #pragma unroll
-        for (int i = 0; i < HALF_LANE; ++i) {
-            sum += low[i] * low[i], other += high[i] * high[i];
-            const float l = low[i] * gain.low[i], h = high[i] * gain.high[i];
-            low[i] = l * angles.low[i] - h * angles.high[i];
-            high[i] = h * angles.low[i] + l * angles.high[i];
+            for (int i = 0; i < LANE_PAIRS; ++i) {
+                sum += l[i] * l[i] + h[i] * h[i];
+                const float gained_l = l[i] * gain_l[i], gained_h = h[i] * gain_h[i];
+                const unsigned at = place_of(scratch, first + i);
+                store_shared<float>(at, gained_l * cosine[i] - gained_h * sine[i]);
+                store_shared<float>(at + HALF_BYTES, gained_h * cosine[i] + gained_l * sine[i]);
+            }
         }
-        return inverse_sqrt(sum_of_group(sum + other) * (1.0f / HEAD_DIM) + epsilon);
+        sync_warp();
+        const unsigned at = scratch + lane_index() % 8 * PIECE * 4;
+#pragma unroll
+        for (int i = 0; i < HALF_LANE; i += PIECE) {
+            load_floats<PIECE>(at + i * 8 * 4, low + i);
+            load_floats<PIECE>(at + HALF_BYTES + i * 8 * 4, high + i);
+        }
+#pragma unroll
+        for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
+        return inverse_sqrt(sum * (1.0f / HEAD_DIM) + epsilon);
     }
 };
 

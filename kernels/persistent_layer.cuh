@@ -213,6 +213,8 @@ struct Worker {
         }
     }
 
+    DEVICE unsigned turned_at() const { return base + TURNED_AT + warp_index() * HEAD_DIM * 4; }
+
     // This rank's share of the attention: its keys, its dimensions of the values.
     DEVICE void attend(int layer, Keys& keys) {
         MARK(4);
@@ -220,9 +222,9 @@ struct Worker {
         MARK(5);
         const unsigned raw = exchange.at<EX_QKV>() + place.voice * QKV_ROWS * 4;
         HeadLanes query;
-        query.load(raw + place.head * HEAD_DIM * 4);
-        const float factor = query.turn(base + GAINS_AT, base + ANGLES_AT, p.epsilon) *
-                             (1.44269504f / sqrtf(static_cast<float>(HEAD_DIM)));
+        const float factor =
+            query.turn(raw + place.head * HEAD_DIM * 4, base + GAINS_AT, base + ANGLES_AT, turned_at(), p.epsilon) *
+            (1.44269504f / sqrtf(static_cast<float>(HEAD_DIM)));
         Share share;
 #pragma unroll 1
         while (keys.more()) {
@@ -251,8 +253,10 @@ struct Worker {
     DEVICE void take_newest(int layer, int at, KeyValue& pair) const {
         const int lane = lane_index();
         HeadLanes key;
-        key.load(exchange.at<EX_QKV>() + (place.voice * QKV_ROWS + Q_ROWS + place.kv * HEAD_DIM) * 4);
-        const float factor = key.turn(base + GAINS_AT + HEAD_DIM * 4, base + ANGLES_AT, p.epsilon);
+        sync_warp();  // the query has been read
+        const float factor =
+            key.turn(exchange.at<EX_QKV>() + (place.voice * QKV_ROWS + Q_ROWS + place.kv * HEAD_DIM) * 4,
+                     base + GAINS_AT + HEAD_DIM * 4, base + ANGLES_AT, turned_at(), p.epsilon);
         if (at != position) return;
 #pragma unroll
         for (int i = 0; i < HALF_LANE; i += 2) {
