@@ -246,14 +246,20 @@ def test_a_book_is_gathered_too() -> None:
     idle(stage)
 
 
-@pytest.mark.parametrize(("slots", "stream", "turns"), [(128, True, 1), (128, False, 9), (8, False, 1)])
-def test_streams_and_small_crowds_wait_for_nobody(slots: int, stream: bool, turns: int) -> None:
+@pytest.mark.parametrize(
+    ("slots", "stream", "step_s", "turns"),
+    [(128, True, 0.001, 1), (128, False, 0.001, 9), (8, False, 0.001, 1), (128, False, 0.03, 1)],
+)
+def test_streams_small_crowds_and_slow_ones_wait_for_nobody(
+    slots: int, stream: bool, step_s: float, turns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One who comes when all but a few slots are taken."""
+    monkeypatch.setattr(simulated_device, "STEP_S", step_s)
     stage = Stage(Scheduler(), [slots])
     stage.device().prompt_rows = 4096
     for job in range(slots - 2):
         stage.scheduler.submit([sentence(job, 0, 500)], Wish(), 0.0)
-    while stage.working[0].generating < slots - 2:
+    while stage.working[0].generating < slots - 2 or stage.device().asked < 40:
         stage.turn()
     stage.scheduler.submit([sentence(slots, 0, 30)], Wish(stream=stream), stage.clock.now)
     waited = 0

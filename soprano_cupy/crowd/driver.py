@@ -32,6 +32,7 @@ GATHER_STEPS = 8  # that newcomers and whole sentences may wait for others, so t
 GATHER_PART = 16  # newcomers that need not wait: one for so many who generate, and who wait while prompts are read,
 GATHER_PROMPT = 128  # or as many as one call reads, of so many tokens each
 GATHER_FROM = 32  # who generate; below, a decoder's call is as good as any
+GATHER_STEP_S = 0.01  # of a step; where one takes longer, nobody waits for several
 NEVER = np.iinfo(np.int64).max
 
 NOT_FINITE = "the language model made numbers that are not finite; the checkpoint may be damaged: download it again"
@@ -90,7 +91,7 @@ class Driver:
         if not room or not self._scheduler.waiting:
             return
         least = 1
-        if self._held_in < GATHER_STEPS and not self._scheduler.pressing(now):
+        if self._held_in < GATHER_STEPS and self._step_s < GATHER_STEP_S and not self._scheduler.pressing(now):
             least = max(1, min(self.generating // GATHER_PART, self.device.prompt_rows // GATHER_PROMPT))
         sentences = self._scheduler.admit(self, room, self.device.prompt_rows, now, least)
         self._held_in = 0 if sentences or least == 1 else self._held_in + 1
@@ -192,6 +193,8 @@ class Driver:
     def _gathers(self) -> bool:
         """Whether to wait for further orders, as nobody listens yet: large calls cost the least for each state."""
         if self._listened or self._held_out >= GATHER_STEPS or self.generating < GATHER_FROM:
+            return False
+        if self._step_s >= GATHER_STEP_S:
             return False
         if sum(order.states + PIECE_COST for _, order in self._orders.values()) >= self.device.decode_states:
             return False
