@@ -8,6 +8,7 @@ a GPU it has.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import threading
@@ -24,7 +25,7 @@ from soprano_cupy.crowd.runner_device import RunnerDevice
 from soprano_cupy.errors import DeviceError
 
 VARIABLE = "SOPRANO_SOAK_FOLDER"
-PLAN, TELL_S = "plan.json", 0.2
+PLAN, TELL_S = "plan.json", 0.5
 POISONED_ALWAYS, POISONED_ONCE = 13, 14  # a seed's bits from the 32nd on: numbers that are not finite, on purpose
 NAN_BFLOAT16 = 0x7FC0
 INJECTED = "injected"
@@ -94,16 +95,24 @@ class Voice(SopranoVoice):
     def __init__(self, **options: Any) -> None:
         install(options["device"])
         super().__init__(**options)
-        threading.Thread(target=tell_gpu_memory, args=(options["device"],), daemon=True).start()
+        threading.Thread(target=tell_memory, args=(options["device"],), daemon=True).start()
 
 
-def tell_gpu_memory(device: str) -> None:
+def tell_memory(device: str) -> None:
     """Write down what CuPy holds for this process, again and again; everything large comes from there."""
     path = Path(os.environ[VARIABLE]) / str(os.getpid())
-    while device != "cpu" and path.parent.is_dir():
-        with contextlib.suppress(OSError):  # the folder is gone: the run is over
-            path.write_text(str(held_bytes()), encoding="ascii")
+    while path.parent.is_dir():
+        trim()
+        if device != "cpu":
+            with contextlib.suppress(OSError):  # the folder is gone: the run is over
+                path.write_text(str(held_bytes()), encoding="ascii")
         time.sleep(TELL_S)
+
+
+def trim() -> None:
+    """Let the allocator give back what it keeps, which is no leak."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def held_bytes() -> int:
