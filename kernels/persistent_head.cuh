@@ -2,6 +2,7 @@
 // first block has chosen to the input of the next one's layers.
 #pragma once
 
+#define SEARCH_TOGETHER 4
 #include "persistent_layer.cuh"
 #include "sample_slot.cuh"
 

@@ -385,8 +385,9 @@ struct Worker {
         for (int i = warp_index(); i < units; i += TEAM_WARPS) {
             const int lane = lane_index(), tile = i / VOICES, voice = i % VOICES;
             if (TEAM_WARPS % VOICES != 0) factor = norm_factor(exchange.at<EX_SUMS_AFTER>(), voice, p.epsilon);
-            const float gate = row_sum(base, voice, tile * TILE + lane % 8) * factor;
-            const float up = row_sum(base, voice, tile * TILE + 8 + lane % 8) * factor;
+            // Half of the lanes add up the rows of gate, half those of up.
+            const float sum = row_sum(base, voice, tile * TILE + lane % TILE) * factor, other = shuffle_xor(sum, 8);
+            const float gate = lane & 8 ? other : sum, up = lane & 8 ? sum : other;
             const float value = gate * reciprocal_fast(1.0f + exp2_fast(gate * -1.44269504f)) * up;
             const unsigned word = pack2(shuffle(value, lane * 2 % 8), shuffle(value, (lane * 2 + 1) % 8));
             uint4 v;

@@ -89,16 +89,16 @@ struct Sampler {
 
     // Every score, into shared memory.
     DEVICE Best gather_scores(unsigned number) const {
-        constexpr int TOGETHER = 8;
+        constexpr int AT_ONCE = 8;
         Best best;
 #pragma unroll 1
-        for (int first = threadIdx.x; first - static_cast<int>(threadIdx.x) < VOCAB; first += TEAM * TOGETHER) {
+        for (int first = threadIdx.x; first - static_cast<int>(threadIdx.x) < VOCAB; first += TEAM * AT_ONCE) {
             const Word* from = p.layer.words + SCORE_WORDS + voice * VOCAB;
-            Word heard[TOGETHER];
+            Word heard[AT_ONCE];
             spin_until(watch, 5, [&] {
                 bool all = true;
 #pragma unroll
-                for (int i = 0; i < TOGETHER; ++i) {
+                for (int i = 0; i < AT_ONCE; ++i) {
                     if (first + i * TEAM >= VOCAB) continue;
                     heard[i] = load_word(from + first + i * TEAM);
                     all = all && word_number(heard[i]) == number;
@@ -106,7 +106,7 @@ struct Sampler {
                 return all;
             });
 #pragma unroll
-            for (int i = 0; i < TOGETHER; ++i) {
+            for (int i = 0; i < AT_ONCE; ++i) {
                 const int id = first + i * TEAM;
                 if (id >= VOCAB) continue;
                 const float score = bits_to_float(static_cast<int>(word_value(heard[i])));
@@ -169,6 +169,7 @@ struct Sampler {
         KeptScores scores{base + SCORES_AT, base + exchange_at(0), 0};
         const Softmax softmax(extremes.best, extremes.least, slot.scale_high, slot.scale_low);
         bool fits = true;
+#pragma unroll 4
         for (int id = threadIdx.x; id < (VOCAB + 31) / 32 * 32; id += TEAM) {
             const bool weighs = id < VOCAB && softmax.weighs(scores.of(id));
             const unsigned lanes = lanes_where(weighs);

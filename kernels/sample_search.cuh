@@ -17,6 +17,10 @@
 
 typedef unsigned long long Sum;
 
+#if !defined(SEARCH_TOGETHER)
+#define SEARCH_TOGETHER 2
+#endif
+constexpr int TOGETHER = SEARCH_TOGETHER;  // scores that a thread looks at: more where few warps search
 constexpr int DIGIT_BITS = 6, BINS = 1 << DIGIT_BITS;
 constexpr int COARSE_BITS = 18, COARSE_LEVELS = COARSE_BITS / DIGIT_BITS;
 constexpr int ID_BITS = 22, FINE_BITS = 32 + ID_BITS;
@@ -202,11 +206,12 @@ private:
     // Sums and counts of the scores with this prefix, by their next digit, into `bins`. Ends with a barrier.
     template <typename List>
     DEVICE void count(const List& scores, const Softmax& softmax, const Prefix& prefix, unsigned bins) const {
-#pragma unroll 2
+#pragma unroll TOGETHER
         for (int entry = scores.first(); entry < scores.end(); entry += scores.step()) {
             const int id = scores.id(entry);
             const float score = scores.of(id);
-            if (!prefix.holds(softmax, score, id)) continue;  // cheaper than the weight, and few are left at deeper levels
+            if (!prefix.holds(softmax, score, id))
+                continue;  // cheaper than the weight, and few are left at deeper levels
             const Weight weight = softmax.weigh(score);
             if (!weight.any()) continue;
             const unsigned at = cell(prefix.next_digit(softmax, score, id));
@@ -275,11 +280,12 @@ private:
     template <typename List>
     DEVICE Found compare(const List& scores, const Softmax& softmax, const Prefix& prefix, int counted, Sum before,
                          Sum target) const {
-#pragma unroll 2
+#pragma unroll TOGETHER
         for (int entry = scores.first(); entry < scores.end(); entry += scores.step()) {
             const int id = scores.id(entry);
             const float score = scores.of(id);
-            if (!prefix.holds(softmax, score, id)) continue;  // cheaper than the weight, and few are left at deeper levels
+            if (!prefix.holds(softmax, score, id))
+                continue;  // cheaper than the weight, and few are left at deeper levels
             const Weight weight = softmax.weigh(score);
             if (!weight.any()) continue;
             const unsigned at = CANDIDATES_AT + atomic_add_shared(smem + COUNTER_AT, 1u) * 16;
