@@ -118,6 +118,22 @@ def test_what_the_host_writes_lies_together() -> None:
     assert crowd_specs(SOPRANO_1_1_80M, sizes)["step.residual"][0][0] == 320
 
 
+def test_short_prefills_are_graphs() -> None:
+    """Every prefill of up to 1,024 rows has one that holds its rows and prompts, whichever they are."""
+    sizes = CrowdSizes.plan(SOPRANO_1_1_80M, 1024, 316)
+    graphs = sizes.entry_graphs
+    assert len(graphs) == len(set(graphs)) < 60
+    for rows in range(1, 1500):
+        padded = sizes.padded_rows(rows)
+        assert rows <= padded < max(33, 2 * rows)
+        for count in {1, min(5, rows), min(17, rows), min(128, rows)}:
+            assert (padded > 1024) or (padded, sizes.entry_bucket(count)) in graphs
+    assert sizes.padded_rows(1500) == 1500
+    few = CrowdSizes.plan(SOPRANO_1_1_80M, 1, 40)
+    assert (few.prompt_rows, few.padded_rows(33)) == (40, 33)
+    assert few.entry_graphs == [(32, 1)]
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 600), st.lists(st.integers(1, 300), max_size=8), st.sampled_from([64, 128, 1024]))
 def test_pieces_of_a_voice_make_each_hop_once(tokens: int, cuts: list[int], most_rows: int) -> None:

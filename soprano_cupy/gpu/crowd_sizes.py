@@ -19,6 +19,7 @@ PROMPT_ROWS = 4096  # of one prefill, beside which those who speak wait
 MOST_ENTRIES = 128  # prompts of one prefill
 ENTRY_BUCKETS = (1, 4, 16, 64, MOST_ENTRIES)  # prompts that a prefill program is planned for; further ones are empty
 PROMPT_CLASSES = (64, 256, 1024)  # most rows of a prefill program; beyond, what the buffers hold
+GRAPH_ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # of prefills that are graphs: others are long enough
 SLOT_WORDS = SLOT_STATE.itemsize // 8
 
 
@@ -57,8 +58,23 @@ class CrowdSizes:
         """The most rows of each prefill program."""
         return [end for end in PROMPT_CLASSES if end < self.prompt_rows] + [self.prompt_rows]
 
+    @property
+    def entry_graphs(self) -> list[tuple[int, int]]:
+        """Rows and prompts of the prefills that are graphs."""
+        fewest = [1, *(size + 1 for size in self.entry_buckets)]
+        return [
+            (rows, bucket)
+            for rows in GRAPH_ROWS
+            for bucket, least in zip(self.entry_buckets, fewest, strict=False)
+            if least <= rows <= self.prompt_rows
+        ]
+
     def entry_bucket(self, count: int) -> int:
         return next(size for size in ENTRY_BUCKETS if size >= count)
+
+    def padded_rows(self, rows: int) -> int:
+        """The rows that a prefill of so many takes: those of the next graph, or just as many."""
+        return next((size for size in GRAPH_ROWS if rows <= size <= self.prompt_rows), rows)
 
 
 def staged_specs(config: ModelConfig, sizes: CrowdSizes) -> Specs:

@@ -21,7 +21,7 @@ from ..errors import DeviceError
 from . import program
 from .arena import Arena
 from .crowd_rows import Rows, buckets_up_to
-from .crowd_sizes import CrowdSizes, crowd_specs, packed_specs, staged_specs, step_rows_of
+from .crowd_sizes import GRAPH_ROWS, CrowdSizes, crowd_specs, packed_specs, staged_specs, step_rows_of
 from .crowd_upload import Staging, plan_enter, write_entries
 from .forward import (
     Activations,
@@ -80,6 +80,7 @@ class CrowdSteps:
         self._steps_since_packed = 0
         self._programs: dict[tuple[Any, ...], Any] = {}
         self._graphs: dict[int, Any] = {}
+        self._entry_graphs: dict[tuple[int, int], Any] = {}
 
     # -- what happens -------------------------------------------------------------------------------------------------
 
@@ -90,11 +91,16 @@ class CrowdSteps:
         rows = [self._rows.enter(entry.slot) for entry in entries]
         slots = [entry.slot for entry in entries]
         self.progress[slots] = 0
-        used = write_entries(self._entries.begin(), entries, rows, bucket, sizes.capacity, sizes.tokens)
+        used = write_entries(
+            self._entries.begin(), entries, rows, bucket, sizes.capacity, sizes.tokens, sizes.padded_rows
+        )
         self._entries.send(self.stream.ptr, used)
-        launched = self._entry_program(used["ids"], bucket)
-        longest = max(len(entry.request.ids) for entry in entries)
-        launched.run(self.stream.ptr, rows=used["ids"], sequences=bucket, longest=longest)
+        count = used["ids"]
+        if count in GRAPH_ROWS:
+            self._entry_graph(count, bucket).launch(self.stream.ptr)
+        else:
+            longest = max(len(entry.request.ids) for entry in entries)
+            self._entry_program(count, bucket).run(self.stream.ptr, rows=count, sequences=bucket, longest=longest)
 
     def leave(self, slot: int, *, running: bool) -> Any:
         """A slot's row is free; an event behind which a running one draws no more, else None."""
@@ -172,6 +178,8 @@ class CrowdSteps:
             self._program(key, lambda launches=launches: launches)
         for bucket in buckets_up_to(sizes.slots):
             self._graph(bucket)
+        for rows, bucket in sizes.entry_graphs:
+            self._entry_graph(rows, bucket)
         self.stream.synchronize()
         logger.info(
             "%d voices of up to %d tokens planned on the GPU: %.0f MB, %.1f s", self.sizes.slots, self.sizes.capacity,
@@ -194,6 +202,15 @@ class CrowdSteps:
         """From prompts to their first tokens."""
         key, span = self._entry_class(rows, bucket)
         return self._program(key, lambda: self.entry_launches(span, bucket))
+
+    def _entry_graph(self, rows: int, bucket: int) -> Any:
+        """The same for so many rows, of which some may be nobody's; prompts may be of any length among them."""
+        graph = self._entry_graphs.get((rows, bucket))
+        if graph is None:
+            symbols = rows, bucket, min(rows, self.sizes.most_prompt)
+            steps = [(self._entry_program(rows, bucket), *symbols)]
+            graph = self._entry_graphs[rows, bucket] = program.Graph.capture(self._capture_stream.ptr, steps)
+        return graph
 
     def entry_launches(self, span: RowRange, bucket: int) -> list[Launch]:
         """To their slots, a prefill, and the first token of each prompt, in rows of the decode step."""

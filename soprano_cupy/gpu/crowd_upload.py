@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,10 +80,12 @@ def write_entries(
     bucket: int,
     capacity: int,
     tokens: int,
+    padded: Callable[[int], int],
 ) -> dict[str, int]:
     """Fill the tables of a prefill; how much of each is used.
 
-    rows: of the decode step, for each entry. bucket: sequences that the program takes: those beyond are empty.
+    rows: of the decode step, for each entry. bucket: sequences that the program takes: those beyond are empty. padded:
+    from the prompts' tokens to the rows that the program takes: those beyond belong to nobody.
     """
     count = len(entries)
     prompts = [entry.request.ids for entry in entries]
@@ -91,6 +93,7 @@ def write_entries(
     lengths = np.array([len(ids) for ids in prompts])
     ends = np.cumsum(lengths)
     total = int(ends[-1])
+    end = padded(total)
     for i, entry in enumerate(entries):
         record = np.array(slot_state(entry.request, capacity, give_up=entry.give_up))
         record["limit"] = min(int(record["limit"]), tokens)
@@ -106,7 +109,9 @@ def write_entries(
     tables["ids"][:total] = np.concatenate(prompts)
     tables["row_slots"][:total] = np.repeat(slots, lengths)
     tables["row_positions"][:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
+    for name, nothing in (("ids", 0), ("row_slots", -1), ("row_positions", 0)):
+        tables[name][total:end] = nothing
     return {
         "staged_slots": count, "staged_seen": count, "entry_slots": bucket, "target_rows": bucket, "starts": bucket + 1,
-        "ids": total, "row_slots": total, "row_positions": total,
+        "ids": end, "row_slots": end, "row_positions": end,
     }  # fmt: skip
