@@ -2,7 +2,7 @@
 
 Any thread may post; one thread exchanges. It sleeps in `poll` and is woken only when it sleeps, so that under load a
 post costs no call of the system, and what has been posted since the last exchange travels together. Exchanges keep a
-distance: who is alone is not delayed, in a crowd a thousand wakings a second are enough.
+distance: who is alone is not delayed, in a crowd five hundred wakings a second are enough.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 LENGTH = struct.Struct("<I")
 MOST_READ = 1 << 18  # bytes of one read
-PAUSE_S = 0.001  # from one exchange to the next: waking costs more than what there is to do
+PAUSE_S = 0.002  # from one exchange to the next: waking costs more than what there is to do
 
 
 class Channel:
