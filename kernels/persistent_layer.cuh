@@ -109,15 +109,19 @@ struct Worker {
 
     static constexpr int UNITS = OWN_PAIRS * VOICES;  // warps that own rows
 
-    // Adds a product's rows, summed over the clusters in their order, to the residual stream.
-    DEVICE void add_to_residual(int which) {
+    // Where the sums of this lane's row meet.
+    static constexpr int OF_CLUSTER = VOICES * HIDDEN;
+    DEVICE Word* words_of(int which) const {
+        return p.words + which * CLUSTERS * OF_CLUSTER + min(own_voice(), VOICES - 1) * HIDDEN + row();
+    }
+
+    // Adds a product's rows, summed over the clusters in their order, to the residual stream. words: words_of(which).
+    DEVICE void add_to_residual(int which, Word* words) {
         const float mine = owns_row() ? row_sum(base, own_voice(), own_row()) : 0.0f;
         if constexpr (CLUSTERS == 1) {
             residual += mine;
             return;
         }
-        constexpr int OF_CLUSTER = VOICES * HIDDEN;
-        Word* words = p.words + which * CLUSTERS * OF_CLUSTER + own_voice() * HIDDEN + row();
         if (owns_row()) store_word(words + cluster * OF_CLUSTER, make_word(float_to_bits(mine), number));
         Word heard[CLUSTERS];
         const unsigned expected = number;
@@ -314,31 +318,42 @@ struct Worker {
     // The shares of a head together: this warp's part of the attended vectors, which is what its products need.
     DEVICE void merge_shares() const {
         typedef Steps<ATTENDED_STEPS> Part;
+        // Where half of the lanes would be idle, two share the parts of an element.
+        constexpr int TOGETHER = Part::MOST * TILE * VOICES <= 16 && PARTS % 2 == 0 ? 2 : 1;
+        constexpr int LANES = 32 / TOGETHER, MINE = PARTS / TOGETHER;
         const int begin = Part::begin(warp_index()) * TILE, count = Part::count(warp_index()) * TILE;
+        const int first_part = lane_index() / LANES * MINE;
 #pragma unroll 1
-        for (int item = lane_index(); item < count * VOICES; item += 32) {
-            const int voice = item / count, dim = begin + item % count;
+        for (int first = 0; first < count * VOICES; first += LANES) {
+            const int item = first + lane_index() % LANES, known = min(item, count * VOICES - 1);
+            const int voice = known / count, dim = begin + known % count;
             const int head = dim / HEAD_DIM, dims = dim % HEAD_DIM / OUT_DIMS;
-            const int first = head * RANKS_OF_HEAD + voice * RANKS_OF_VOICE + dims;
-            const unsigned at = exchange.at<EX_ATTENDED>() + first * OUT_STRIDE * 4;
-            float2 states[PARTS];
-            float values[PARTS], largest = NO_SCORE;
+            const int rank_of_share = head * RANKS_OF_HEAD + voice * RANKS_OF_VOICE + first_part * DIM_PARTS + dims;
+            const unsigned at = exchange.at<EX_ATTENDED>() + rank_of_share * OUT_STRIDE * 4;
+            float2 states[MINE];
+            float values[MINE], largest = NO_SCORE;
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) {
+            for (int i = 0; i < MINE; ++i) {
                 const unsigned share = at + i * DIM_PARTS * OUT_STRIDE * 4;
                 states[i] = load_shared<float2>(share + OUT_DIMS * 4);
                 values[i] = load_shared<float>(share + dim % OUT_DIMS * 4);
                 largest = fmaxf(largest, states[i].x);
             }
+            if (TOGETHER == 2) largest = fmaxf(largest, shuffle_xor(largest, LANES));
             float sum = 0.0f, value = 0.0f;
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) {
+            for (int i = 0; i < MINE; ++i) {
                 const float weight = exp2_fast(states[i].x - largest);
                 sum += weight * states[i].y;
                 value += weight * values[i];
             }
-            store_shared<Element>(base + ATTENDED_AT + voice * ATTENDED_STRIDE + dim * 2,
-                                  from_float(value * reciprocal_fast(sum)));
+            if (TOGETHER == 2) {
+                sum += shuffle_xor(sum, LANES);
+                value += shuffle_xor(value, LANES);
+            }
+            if (item < count * VOICES && lane_index() < LANES)
+                store_shared<Element>(base + ATTENDED_AT + voice * ATTENDED_STRIDE + dim * 2,
+                                      from_float(value * reciprocal_fast(sum)));
         }
         sync_warp();
     }
@@ -346,6 +361,7 @@ struct Worker {
     // The attended vector's product joins the residual stream. norm: the next one's index in the gains.
     DEVICE void project_attended(int norm) {
         const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
+        Word* const words = words_of(0);
         const auto await = [&] {
             exchange.await<EX_ATTENDED>();
             MARK(9);
@@ -358,7 +374,7 @@ struct Worker {
         sync();
         MARK(12);
         if (!owns()) return;
-        add_to_residual(0);
+        add_to_residual(0, words);
         MARK(13);
         publish_residual<EX_AFTER, EX_SUMS_AFTER>(next_gain);
         MARK(14);
@@ -401,6 +417,7 @@ struct Worker {
     DEVICE void project_gated(int norm, bool last) {
         const float next_gain = owns_row() ? load_global<float>(gain(norm)) : 0.0f;
         MARK(18);
+        Word* const words = words_of(1);
         const auto await = [&] {
             exchange.await<EX_GATED>();
             MARK(19);
@@ -411,7 +428,7 @@ struct Worker {
         sync();
         MARK(21);
         if (!owns()) return;
-        add_to_residual(1);
+        add_to_residual(1, words);
         MARK(22);
         publish_residual<EX_HIDDEN, EX_SUMS>(next_gain);
         MARK(23);

@@ -92,22 +92,22 @@ DEVICE void multiply(Rooms& rooms, int tiles, unsigned vectors, int first_row, A
     }
 }
 
-// One row of the product, or four neighbouring rows: the warps' partial sums in their order.
-DEVICE float row_sum(unsigned base, int voice, int row) {
-    float sum = 0.0f;
+// One row of the product, or four neighbouring rows: the warps' partial sums, by pairs, pairs of pairs and so on.
+DEVICE float sum_of(float a, float b) { return a + b; }
+DEVICE float4 sum_of(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+template <typename T> DEVICE T partial_sums(unsigned base, int voice, int row) {
+    T parts[TEAM_WARPS];
 #pragma unroll
-    for (int w = 0; w < TEAM_WARPS; ++w) sum += load_shared<float>(partial_row(base, w, voice, row));
-    return sum;
-}
-DEVICE float4 row_sums(unsigned base, int voice, int row) {
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int w = 0; w < TEAM_WARPS; ++w) parts[w] = load_shared<T>(partial_row(base, w, voice, row));
 #pragma unroll
-    for (int w = 0; w < TEAM_WARPS; ++w) {
-        const float4 part = load_shared<float4>(partial_row(base, w, voice, row));
-        sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    for (int step = 1; step < TEAM_WARPS; step *= 2) {
+#pragma unroll
+        for (int w = 0; w + step < TEAM_WARPS; w += 2 * step) parts[w] = sum_of(parts[w], parts[w + step]);
     }
-    return sum;
+    return parts[0];
 }
+DEVICE float row_sum(unsigned base, int voice, int row) { return partial_sums<float>(base, voice, row); }
+DEVICE float4 row_sums(unsigned base, int voice, int row) { return partial_sums<float4>(base, voice, row); }
 
 // The 1 / (NORM_SCALE rms) of a voice's residual stream, from the sums of squares of its tiles.
 DEVICE float norm_factor(unsigned all_sums, int voice, float epsilon) {
