@@ -48,6 +48,7 @@ class Faults:
     def __init__(self) -> None:
         self._born = time.monotonic()
         self._read_already = False
+        self.own_name: str | None = None  # where it differs from what the device calls itself
         self._begin = float("inf")
         self._steps: dict[str, list[tuple[float, str]]] = {}
         self._poisoned: set[tuple[int, int]] = set()
@@ -64,7 +65,7 @@ class Faults:
     def step(self, name: str) -> None:
         """Raise what a step of this device is to raise by now."""
         self._read()
-        due = self._steps.get(name)
+        due = self._steps.get(self.own_name or name)
         if due and time.monotonic() >= due[0][0]:
             _, kind = due.pop(0)
             if kind == "memory":
@@ -93,6 +94,8 @@ class Voice(SopranoVoice):
     """What a process of a crowd opens here: the ordinary voice, whose device fails as the plan says."""
 
     def __init__(self, **options: Any) -> None:
+        if (seen := os.environ.get("CUDA_VISIBLE_DEVICES", "")).isdigit():  # the only GPU here, whatever it is called
+            FAULTS.own_name = f"cuda:{seen}"
         install(options["device"])
         super().__init__(**options)
         threading.Thread(target=tell_memory, args=(options["device"],), daemon=True).start()

@@ -375,6 +375,26 @@ def test_the_voice_of_two_processes_has_the_bits_of_one(tmp_path: Path, monkeypa
         assert isinstance(tts._opened(), ProcessCrowd)
 
 
+def test_each_process_sees_its_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for visible, found in ((None, "1"), ("", "1"), ("4, 7", "7"), ("GPU-a,GPU-b,GPU-c", "GPU-b")):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert plan.only_this("cuda:1") == {"CUDA_VISIBLE_DEVICES": found}
+    assert plan.only_this("cpu") == {}
+    wanted = plan.CrowdPlan(Path("voice"), "auto", "auto", 8, None, 16, None)
+    post = plan.post(wanted, "cuda:1")
+    assert (post.name, post.options["device"], post.environment) == ("cuda:1", "cuda:0", plan.only_this("cuda:1"))
+
+
+def test_a_process_has_its_environment() -> None:
+    with ProcessCrowd([Post("sim", "simulated_voice:Voice", {}, {"SOPRANO_TEST": "here"})]) as crowd:
+        environment = Path(f"/proc/{crowd.pids[0]}/environ").read_bytes().split(b"\0")
+        assert b"SOPRANO_TEST=here" in environment
+        assert {entry.partition(b"=")[0] for entry in environment} >= {name.encode() for name in ("PATH",)}
+        assert crowd.devices[0].name == "sim"
+
+
 def test_several_gpus_get_a_process_each() -> None:
     assert plan.wants_processes(["cuda:0", "cuda:1"])
     assert not plan.wants_processes(["cuda:0"])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..device import resolve_device
+from ..device import cuda_index, resolve_device
 from ..engine import Engine
 from ..errors import ParameterError
 from ..qwen3 import Qwen3
@@ -94,10 +95,20 @@ def post(plan: CrowdPlan, name: str) -> Post:
     from .processes_station import Post
 
     options = {
-        "model": plan.folder, "device": name, "attention": plan.attention, "dtype": plan.dtype,
+        "model": plan.folder, "device": "cuda:0" if name.startswith("cuda:") else name,
+        "attention": plan.attention, "dtype": plan.dtype,
         "max_batch": plan.max_batch, "max_memory": plan.max_memory, "max_queue": 1 << 30, "invariant": plan.invariant,
     }  # fmt: skip
-    return Post(name, OPENER, options)
+    return Post(name, OPENER, options, only_this(name))
+
+
+def only_this(name: str) -> dict[str, str]:
+    """The environment of a process that is to see one GPU, as cuda:0, and to touch no other."""
+    if not name.startswith("cuda:"):
+        return {}
+    index = cuda_index(name)
+    seen = [word.strip() for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word.strip()]
+    return {"CUDA_VISIBLE_DEVICES": seen[index] if index < len(seen) else str(index)}
 
 
 def make_device(engine: Engine, plan: CrowdPlan, most_prompt: int) -> Device:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.spawn import get_executable
 from typing import TYPE_CHECKING, Any
 
@@ -37,11 +37,13 @@ START = (
 
 @dataclass(frozen=True)
 class Post:
-    """A device that is to have a process: its name, and what opens a voice there (see `processes_messages.Setup`)."""
+    """A device that is to have a process: its name, what opens a voice there (see `processes_messages.Setup`), and what
+    is to be different in the environment there."""
 
     name: str
     opener: str
     options: dict[str, Any]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 class Station(threading.Thread):
@@ -164,7 +166,7 @@ class Station(threading.Thread):
             self._process = subprocess.Popen(
                 [os.fsdecode(python), "-c", START, *numbers, json.dumps(sys.path)],
                 pass_fds=(theirs.fileno(), file), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                start_new_session=True,
+                start_new_session=True, env={**os.environ, **self._post.environment},
             )  # fmt: skip
             ring = RingReader(file, self._ring_bytes)
         except BaseException:
@@ -193,7 +195,7 @@ class Station(threading.Thread):
             logging.getLogger(message.logger).log(message.level, "%s: %s", self._post.name, message.text)
         elif isinstance(message, say.Ready):
             logger.info("%s: process %d, %d voices at once", self._post.name, message.pid, message.slots)
-            self._ledger.welcome(self, message)
+            self._ledger.welcome(self, message._replace(name=self._post.name))
             self.started.set()
         elif isinstance(message, say.Failed):
             self._failure = say.unpacked(message.error)
