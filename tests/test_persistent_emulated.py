@@ -70,6 +70,15 @@ def test_sentences(
     check(h, request, h.run(h.prepare(request)), h.expected(request))
 
 
+def test_scores_in_the_room_of_the_mlp(hosts: Callable[..., host.Host]) -> None:
+    """As with the 80M model: weights, then scores and their search, then weights again lie in the same memory."""
+    h = hosts(replace(MQA, intermediate_size=480), 2, 2, 1)
+    assert persistent.SEARCH_BYTES + 4 * h.config.vocab_size <= h.shape.room_bytes()[2]
+    request = host.request(PROMPT, max_new_tokens=6, temperature=0.8, top_p=0.9, seed=11)
+    check(h, request, h.run(h.prepare(request)), h.expected(request))
+    assert h.library.library.persistent_shared_bytes() == persistent.shared_bytes(h.shape)
+
+
 @pytest.mark.parametrize(("config", "grid"), [(MQA, (2, 2, 1)), (GQA, (2, 4, 2)), (MQA, (2, 4, 1, 2))])
 def test_sizes_are_counted_alike(hosts: Callable[..., host.Host], config: Any, grid: tuple[int, ...]) -> None:
     h = hosts(config, *grid)
