@@ -39,7 +39,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.soak_faults import VARIABLE, install, write_plan
+from benchmarks.soak_faults import DEVICE, INJECTED, VARIABLE, install, write_plan
 from benchmarks.soak_memory import Memory, Traces
 from benchmarks.soak_requests import DEADLINES, Asked, Tally, Wanted, draw
 from soprano_cupy import Busy, SopranoError, SopranoTTS
@@ -290,7 +290,8 @@ def plan_faults(options: argparse.Namespace) -> tuple[int, list[float]]:
 def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run it; what is to be told."""
     if len(options.devices) > 1:
-        plan.OPENER = "benchmarks.soak_faults:Voice"
+        plan.OPENER, only_this = "benchmarks.soak_faults:Voice", plan.only_this
+        plan.only_this = lambda name: {**only_this(name), DEVICE: name}
         if options.share or options.device == "cpu":
             plan.device_names = lambda *_: options.devices
             plan.wants_processes = lambda names: True
@@ -322,6 +323,9 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         tally.wrong(violation)
     if devices_left < len(options.devices):
         tally.wrong(f"only {devices_left} of {len(options.devices)} devices are left")
+    happened = sum(count for text, count in logged.counts.items() if f"{INJECTED}:" in text)
+    if happened < planned - len(kills):  # a process that is being started anew misses one
+        tally.wrong(f"only {happened} of {planned} failures that were planned have happened")
     say(f"{lasted:6.0f} s  {run.line()}  {memory.line()}")
     failures = {text: count for text, count in logged.counts.items() if "fail" in text or "process" in text}
     return {

@@ -25,6 +25,7 @@ from soprano_cupy.crowd.runner_device import RunnerDevice
 from soprano_cupy.errors import DeviceError
 
 VARIABLE = "SOPRANO_SOAK_FOLDER"
+DEVICE = "SOPRANO_SOAK_DEVICE"  # what the front calls a process' device; there it is called cuda:0
 PLAN, TELL_S = "plan.json", 0.5
 POISONED_ALWAYS, POISONED_ONCE = 13, 14  # a seed's bits from the 32nd on: numbers that are not finite, on purpose
 NAN_BFLOAT16 = 0x7FC0
@@ -94,8 +95,7 @@ class Voice(SopranoVoice):
     """What a process of a crowd opens here: the ordinary voice, whose device fails as the plan says."""
 
     def __init__(self, **options: Any) -> None:
-        if (seen := os.environ.get("CUDA_VISIBLE_DEVICES", "")).isdigit():  # the only GPU here, whatever it is called
-            FAULTS.own_name = f"cuda:{seen}"
+        FAULTS.own_name = os.environ[DEVICE]
         install(options["device"])
         super().__init__(**options)
         threading.Thread(target=tell_memory, args=(options["device"],), daemon=True).start()
