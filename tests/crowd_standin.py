@@ -3,8 +3,10 @@ that a crowd's host logic and its tables run with the real kernels on the emulat
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
+import sys
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -43,6 +45,8 @@ class CrowdStandIn(vocos_standin.StandIn):
                     monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(qwen3, "Batch", MagicMock())  # a first one is made with the model
         monkeypatch.setitem(vars(program), "Graph", Graph)
+        driver: Any = sys.modules["soprano_cupy.gpu._driver"]
+        driver.copy_on_host = lambda parts: [ctypes.memmove(*part) for part in parts]
         monkeypatch.setattr(crowd_steps, "PACK_EVERY", 2)
 
     def _cupy(self) -> types.ModuleType:

@@ -170,6 +170,12 @@ def test_copies_and_waiting(fake: FakeDriver) -> None:
     source, target = np.arange(10, dtype=np.int32), np.zeros(10, np.int32)
     driver.copy(target.ctypes.data, source.ctypes.data, 40, STREAM)
     assert target.tolist() == list(range(10))
+    others = [np.zeros(4, np.int32), np.zeros(6, np.int32)]
+    driver.copy_on_host(
+        [(others[0].ctypes.data, source.ctypes.data, 16), (others[1].ctypes.data, source.ctypes.data + 16, 24)]
+    )
+    assert np.concatenate(others).tolist() == list(range(10))
+    driver.copy_on_host([])
     driver.synchronize(STREAM)
     fake.fail("cuStreamSynchronize", 700)
     with pytest.raises(DeviceError, match="waiting for the GPU failed"):

@@ -39,6 +39,10 @@ class _Part(NamedTuple):
     nbytes: int
 
 
+def _kind(order: Order) -> type[np.int16 | np.float32]:
+    return np.int16 if order.pcm else np.float32
+
+
 class _Call(NamedTuple):
     """A call under way."""
 
@@ -52,14 +56,19 @@ class _Block:
 
     def __init__(self, nbytes: int) -> None:
         memory = program.MappedMemory(nbytes)
-        self.address, self._bytes = memory.host, np.frombuffer(memory.view(), np.uint8)
+        self.address, self._memory = memory.host, memory
 
-    def cut(self, part: _Part) -> Audio:
-        """An order's samples, in memory of their own."""
-        kind = np.int16 if part.order.pcm else np.float32
-        return Audio(
-            part.order.slot, self._bytes[part.start : part.start + part.nbytes].view(kind).copy(), part.order.ends
-        )
+    def cut(self, parts: Sequence[_Part]) -> list[Audio]:
+        """The samples of orders, each in memory of its own; the interpreter's lock is given away once for all."""
+        from ._driver import copy_on_host
+
+        audio = [
+            Audio(order.slot, np.empty(nbytes // (2 if order.pcm else FLOAT_BYTES), _kind(order)), order.ends)
+            for order, _, nbytes in parts
+        ]
+        places = zip(audio, parts, strict=True)
+        copy_on_host([(own.samples.ctypes.data, self.address + part.start, part.nbytes) for own, part in places])
+        return audio
 
 
 def voice_pieces(
@@ -198,9 +207,9 @@ class VoiceDecoder:
             self._events.append(done)
             # A slot's last samples only may come later than those of later calls: nothing of the slot follows them.
             later = [part for part in parts if part.order.ends and part.nbytes > CUT_BYTES]
-            audio += [block.cut(part) for part in parts if not part.order.ends or part.nbytes <= CUT_BYTES]
+            audio += block.cut([part for part in parts if not part.order.ends or part.nbytes <= CUT_BYTES])
             if later:
-                self._cutting.append((self._cutter.submit(_cut, block, later), block))
+                self._cutting.append((self._cutter.submit(block.cut, later), block))
             else:
                 self._blocks.append(block)
         while self._cutting and self._cutting[0][0].done():
@@ -223,7 +232,3 @@ class VoiceDecoder:
         self._cutter.shutdown()
         self._stream.synchronize()
         self._copies.synchronize()
-
-
-def _cut(block: _Block, parts: Sequence[_Part]) -> list[Audio]:
-    return [block.cut(part) for part in parts]
