@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from .config import SAMPLE_RATE_HZ
-from .generation import Generation, Request, begin, generate
+from .generation import Generation, Request, Step, begin, generate
 from .runner import DecoderRunner, DecoderStream, LanguageModelRunner
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class Engine:
             audio.extend(self._decode(results, timings))
         return audio
 
-    def stream(self, request: Request, retries: int, timings: Timings) -> Iterator[np.ndarray]:
+    def stream(self, request: Request, retries: int, timings: Timings) -> Generator[np.ndarray, None, None]:
         """The request's audio in pieces of any size, as soon as they are final.
 
         With `retries`, nothing is heard before the whole sentence has passed the loop check: what has been
@@ -81,20 +82,21 @@ class Engine:
             return
         voice: DecoderStream | None = None  # opened while the second token is on its way
         since = time.perf_counter()
-        for steps in begin(self.language_model, [request]):
-            timings.tokens += 1
-            timings.language_model_s += time.perf_counter() - since
-            since = time.perf_counter()
-            voice = voice or self.decoder.stream()
-            state = steps[0].state
-            piece = voice.push(state[None]) if state is not None else np.empty(0, np.float32)
-            timings.decoder_s += time.perf_counter() - since
-            if len(piece):
-                timings.samples += len(piece)
-                yield piece
-            since = time.perf_counter()
-            if steps[0].finish_reason:
-                _warn(steps[0].finish_reason, steps[0].stuck)
+        with _closed_at_once(iter(begin(self.language_model, [request]))) as rounds:
+            for steps in rounds:
+                timings.tokens += 1
+                timings.language_model_s += time.perf_counter() - since
+                since = time.perf_counter()
+                voice = voice or self.decoder.stream()
+                state = steps[0].state
+                piece = voice.push(state[None]) if state is not None else np.empty(0, np.float32)
+                timings.decoder_s += time.perf_counter() - since
+                if len(piece):
+                    timings.samples += len(piece)
+                    yield piece
+                since = time.perf_counter()
+                if steps[0].finish_reason:
+                    _warn(steps[0].finish_reason, steps[0].stuck)
         piece = voice.finish() if voice is not None else np.empty(0, np.float32)
         timings.decoder_s += time.perf_counter() - since
         timings.samples += len(piece)
@@ -112,6 +114,16 @@ class Engine:
         timings.decoder_s += time.perf_counter() - since
         timings.samples += sum(map(len, audio))
         return audio
+
+
+@contextmanager
+def _closed_at_once(rounds: Iterator[list[Step]]) -> Iterator[Iterator[list[Step]]]:
+    """Closes a generator with the one that reads it; some Pythons would leave it until that one is forgotten too."""
+    try:
+        yield rounds
+    finally:
+        if isinstance(rounds, Generator):
+            rounds.close()
 
 
 def _warn(finish_reason: str, stuck: bool) -> None:

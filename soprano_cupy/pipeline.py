@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,12 +249,13 @@ class SopranoTTS:
         self.timings = timings
         for request in requests:
             held = np.empty(0, np.float32)
-            for piece in self.engine.stream(request, retries, timings):
-                held = np.concatenate((held, piece))
-                while len(held) >= chunk_samples:
-                    timings.first_audio_s = timings.first_audio_s or time.perf_counter() - begin
-                    yield held[:chunk_samples]
-                    held = held[chunk_samples:]
+            with closing(self.engine.stream(request, retries, timings)) as pieces:
+                for piece in pieces:
+                    held = np.concatenate((held, piece))
+                    while len(held) >= chunk_samples:
+                        timings.first_audio_s = timings.first_audio_s or time.perf_counter() - begin
+                        yield held[:chunk_samples]
+                        held = held[chunk_samples:]
             if len(held):
                 timings.first_audio_s = timings.first_audio_s or time.perf_counter() - begin
                 yield held

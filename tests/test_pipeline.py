@@ -6,13 +6,16 @@ import dataclasses
 import json
 import logging
 import wave
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from soprano_cupy import CheckpointError, OutputError, ParameterError, SopranoTTS, TextError, pipeline
-from soprano_cupy.generation import LOOP_LENGTH
+from soprano_cupy.engine import Engine, Timings
+from soprano_cupy.generation import LOOP_LENGTH, Step
 from soprano_cupy.pipeline import max_text_length
 from soprano_cupy.testing import TINY, make_checkpoint
 
@@ -230,3 +233,41 @@ def test_loop_check_and_retries_in_every_mode(folder: Path, caplog: pytest.LogCa
     caplog.clear()
     assert len(joined(tts.infer_stream("Hello."))) > LOOP_LENGTH * 2048
     assert "got stuck" in caplog.text
+
+
+def test_a_stream_that_is_closed_closes_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not when the stream itself is forgotten: what it holds of a GPU is free then."""
+    closed: list[str] = []
+
+    def pieces(*_: object) -> Iterator[np.ndarray]:
+        try:
+            while True:
+                yield np.zeros(4096, np.float32)
+        finally:
+            closed.append("pieces")
+
+    tts = object.__new__(SopranoTTS)
+    tts.engine = SimpleNamespace(stream=pieces)  # type: ignore[assignment]
+    stream = tts._stream([object(), object()], 2048, 0, Timings(), 0.0)  # type: ignore[list-item]
+    assert len(next(stream)) == 2048
+    stream.close()  # type: ignore[attr-defined]
+    assert closed == ["pieces"]
+
+
+def test_an_engine_s_stream_that_is_closed_closes_its_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    def rounds(*_: object) -> Iterator[list[Step]]:
+        try:
+            while True:
+                yield [Step(0, 5, np.zeros(4, np.float32), None, False)]
+        finally:
+            closed.append("rounds")
+
+    monkeypatch.setattr("soprano_cupy.engine.begin", rounds)
+    voice = SimpleNamespace(push=lambda states: np.zeros(2048, np.float32))
+    engine = Engine(object(), SimpleNamespace(stream=lambda: voice))  # type: ignore[arg-type]
+    stream = engine.stream(object(), 0, Timings())  # type: ignore[arg-type]
+    assert len(next(stream)) == 2048
+    stream.close()
+    assert closed == ["rounds"]

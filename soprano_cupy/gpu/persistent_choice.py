@@ -22,14 +22,14 @@ Measured = Mapping[tuple[int, bool], StepTimes]  # by (voices, whether their tok
 # prints these lines as they should stand.
 STEP_US: Mapping[tuple[int, int], Measured] = {
     (9, 0): {
-        (1, False): StepTimes(160.2, 135.3),
-        (2, False): StepTimes(162.5, 146.9),
-        (4, False): StepTimes(178.4, 170.2),
-        (8, False): StepTimes(212.0, 222.7),
-        (1, True): StepTimes(167.4, 149.3),
-        (2, True): StepTimes(169.8, 160.7),
-        (4, True): StepTimes(185.1, 184.2),
-        (8, True): StepTimes(219.1, 229.9),
+        (1, False): StepTimes(159.6, 114.1),
+        (2, False): StepTimes(168.7, 144.1),
+        (4, False): StepTimes(180.1, 171.4),
+        (8, False): StepTimes(224.0, 224.4),
+        (1, True): StepTimes(165.6, 127.7),
+        (2, True): StepTimes(175.1, 158.1),
+        (4, True): StepTimes(186.1, 186.1),
+        (8, True): StepTimes(229.9, 230.5),
     },
 }
 
