@@ -12,6 +12,8 @@ import os
 
 import numpy as np
 
+from .processes_buffers import Buffers
+
 ALIGNMENT = 64  # bytes; a cache line
 
 
@@ -66,13 +68,14 @@ class RingReader(Ring):
 
     def __init__(self, file: int, size: int) -> None:
         super().__init__(file, size)
+        self._buffers = Buffers()
         self.read = 0  # the place before which everything has been read
 
     def take(self, begin: int, count: int, dtype: str) -> np.ndarray:
         """A copy of `count` samples that begin at a place; pieces are taken in the order in which they were put."""
         self.skip(begin, nbytes := count * np.dtype(dtype).itemsize)
         at = begin % self.size
-        samples: np.ndarray = self._bytes[at : at + nbytes].view(dtype).copy()
+        samples: np.ndarray = self._buffers.copy(self._bytes[at : at + nbytes]).view(dtype)
         return samples
 
     def skip(self, begin: int, nbytes: int) -> None:
