@@ -1,9 +1,9 @@
 """Memory for samples that is used again once nobody has them.
 
 Half a megabyte for each sentence, thousands of times a second, costs more to get from the system and to give back than
-to fill: pages are mapped, cleared and unmapped, some of it under the interpreter's lock. So a few buffers are remembered,
-and one that nobody but this remembers is filled again. Whoever has samples, or any part or view of them, has a reference
-to their buffer: NumPy gives all views the array as their base that owns the memory.
+to fill: pages are mapped, cleared and unmapped, some of it under the interpreter's lock. So a few buffers are
+remembered, and one that nobody but this remembers is filled again. Whoever has samples, or any part or view of them,
+has a reference to their buffer: NumPy gives all views the array as their base that owns the memory.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ class Buffers:
 
     def copy(self, data: np.ndarray) -> np.ndarray:
         """A copy of `data`, (n,) uint8, that is its holder's own."""
-        nbytes = len(data)
-        if nbytes < self._smallest:
-            return data.copy()
-        found: np.ndarray = self._take(_size_for(nbytes))[:nbytes]
+        found = self.empty(len(data))
         found[:] = data
         return found
+
+    def empty(self, nbytes: int) -> np.ndarray:
+        """(nbytes,) uint8 of any content that are their holder's own."""
+        if nbytes < self._smallest:
+            return np.empty(nbytes, np.uint8)
+        return self._take(_size_for(nbytes))[:nbytes]
 
     def _take(self, size: int) -> np.ndarray:
         """A buffer of `size` bytes that nobody has."""
@@ -47,7 +50,7 @@ class Buffers:
             queue.rotate(-1)
             if sys.getrefcount(queue[0]) == self._unused:
                 return queue[0]
-        buffer = np.empty(size, np.uint8)
+        buffer: np.ndarray = np.empty(size, np.uint8)
         if self._left >= size:
             self._left -= size
             queue.append(buffer)
