@@ -118,17 +118,17 @@ def test_what_the_host_writes_lies_together() -> None:
     assert crowd_specs(SOPRANO_1_1_80M, sizes)["step.residual"][0][0] == 320
 
 
-def test_short_prefills_are_graphs() -> None:
-    """Every prefill of up to 1,024 rows has one that holds its rows and prompts, whichever they are."""
+def test_prefills_are_graphs() -> None:
+    """Every prefill has one that holds its rows and prompts, whichever they are."""
     sizes = CrowdSizes.plan(SOPRANO_1_1_80M, 1024, 316)
     graphs = sizes.entry_graphs
-    assert len(graphs) == len(set(graphs)) < 60
-    for rows in range(1, 1500):
+    assert len(graphs) == len(set(graphs)) < 90
+    for rows in range(1, 4097):
         padded = sizes.padded_rows(rows)
-        assert rows <= padded < max(33, 2 * rows)
-        for count in {1, min(5, rows), min(17, rows), min(128, rows)}:
-            assert (padded > 1024) or (padded, sizes.entry_bucket(count)) in graphs
-    assert sizes.padded_rows(1500) == 1500
+        assert rows <= padded < min(max(33, 2 * rows), rows + 256)
+        for count in {-(-rows // 316), min(5, rows), min(17, rows), min(128, rows)}:
+            if rows <= 316 * count:
+                assert (padded, sizes.entry_bucket(count)) in graphs
     few = CrowdSizes.plan(SOPRANO_1_1_80M, 1, 40)
     assert (few.prompt_rows, few.padded_rows(33)) == (40, 33)
     assert few.entry_graphs == [(32, 1)]

@@ -248,7 +248,7 @@ def test_a_book_is_gathered_too() -> None:
 
 @pytest.mark.parametrize(
     ("slots", "stream", "step_s", "turns"),
-    [(128, True, 0.001, 1), (128, False, 0.001, 9), (8, False, 0.001, 1), (128, False, 0.03, 1)],
+    [(128, True, 0.001, 1), (300, True, 0.001, 2), (128, False, 0.001, 9), (8, False, 0.001, 1), (128, False, 0.03, 1)],
 )
 def test_streams_small_crowds_and_slow_ones_wait_for_nobody(
     slots: int, stream: bool, step_s: float, turns: int, monkeypatch: pytest.MonkeyPatch

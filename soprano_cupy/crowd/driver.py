@@ -32,6 +32,7 @@ GATHER_STEPS = 8  # that newcomers and whole sentences may wait for others, so t
 GATHER_PART = 16  # newcomers that need not wait: one for so many who generate, and who wait while prompts are read,
 GATHER_PROMPT = 128  # or as many as one call reads, of so many tokens each
 GATHER_FROM = 32  # who generate; below, a decoder's call is as good as any
+GATHER_LIVE = 256  # who generate, for each step that newcomers and pieces wait where somebody listens
 GATHER_STEP_S = 0.01  # of a step; where one takes longer, nobody waits for several
 NEVER = np.iinfo(np.int64).max
 
@@ -91,7 +92,7 @@ class Driver:
         if not room or not self._scheduler.waiting:
             return
         least = 1
-        if self._held_in < GATHER_STEPS and self._step_s < GATHER_STEP_S and not self._scheduler.pressing(now):
+        if self._held_in < self._patience(listened=self._scheduler.pressing(now)):
             least = max(1, min(self.generating // GATHER_PART, self.device.prompt_rows // GATHER_PROMPT))
         sentences = self._scheduler.admit(self, room, self.device.prompt_rows, now, least)
         self._held_in = 0 if sentences or least == 1 else self._held_in + 1
@@ -106,6 +107,12 @@ class Driver:
             entries.append(Entry(slot, request, sentence.attempt < retries))
         if entries:
             self.device.admit(entries)
+
+    def _patience(self, *, listened: bool) -> int:
+        """Steps that work may wait for more of its kind. listened: somebody would hear that it waits."""
+        if self._step_s >= GATHER_STEP_S:
+            return 0
+        return self.generating // GATHER_LIVE if listened else GATHER_STEPS
 
     def _first_piece(self, sentence: Sentence) -> int:
         wish = sentence.job.wish
@@ -191,10 +198,8 @@ class Driver:
             self.device.decode(chosen)
 
     def _gathers(self) -> bool:
-        """Whether to wait for further orders, as nobody listens yet: large calls cost the least for each state."""
-        if self._listened or self._held_out >= GATHER_STEPS or self.generating < GATHER_FROM:
-            return False
-        if self._step_s >= GATHER_STEP_S:
+        """Whether to wait for further orders: large calls cost the least for each state."""
+        if self.generating < GATHER_FROM or self._held_out >= self._patience(listened=bool(self._listened)):
             return False
         if sum(order.states + PIECE_COST for _, order in self._orders.values()) >= self.device.decode_states:
             return False

@@ -19,7 +19,7 @@ PROMPT_ROWS = 4096  # of one prefill, beside which those who speak wait
 MOST_ENTRIES = 128  # prompts of one prefill
 ENTRY_BUCKETS = (1, 4, 16, 64, MOST_ENTRIES)  # prompts that a prefill program is planned for; further ones are empty
 PROMPT_CLASSES = (64, 256, 1024)  # most rows of a prefill program; beyond, what the buffers hold
-GRAPH_ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)  # of prefills that are graphs: others are long enough
+GRAPH_ROWS = (32, 64, 96, 128, 192, 256, 384, 512, 768, *range(1024, PROMPT_ROWS + 1, 256))  # of prefills
 SLOT_WORDS = SLOT_STATE.itemsize // 8
 
 
@@ -62,11 +62,12 @@ class CrowdSizes:
     def entry_graphs(self) -> list[tuple[int, int]]:
         """Rows and prompts of the prefills that are graphs."""
         fewest = [1, *(size + 1 for size in self.entry_buckets)]
+        fewer = dict(zip(GRAPH_ROWS[1:], GRAPH_ROWS, strict=False))
         return [
             (rows, bucket)
             for rows in GRAPH_ROWS
             for bucket, least in zip(self.entry_buckets, fewest, strict=False)
-            if least <= rows <= self.prompt_rows
+            if least <= rows <= self.prompt_rows and fewer.get(rows, 0) < bucket * self.most_prompt
         ]
 
     def entry_bucket(self, count: int) -> int:
