@@ -64,13 +64,32 @@ struct Sampler {
         }
     };
 
+    // How far the state moved: this thread's part, of a few of its rows. It is waited for together with the scores, since a
+    // look at either takes as long.
+    struct Distance {
+        const Word* from;
+        bool exists;
+        Word heard = 0;
+
+        DEVICE bool is_here(unsigned number) {
+            if (exists) heard = load_word(from);
+            return !exists || word_number(heard) == number;
+        }
+    };
+    DEVICE Distance distance() const {
+        static_assert(DISTANCES <= TEAM, "a thread each");
+        const int part = threadIdx.x;
+        const bool exists = part < DISTANCES && part % OWNERS * 2 < tiles_of(HIDDEN_TILES, part / OWNERS).count();
+        return {p.layer.words + DISTANCE_WORDS + voice * DISTANCES + part, exists};
+    }
+
     // Every warp's best.
-    DEVICE Best gather_keys(unsigned number) const {
+    DEVICE Best gather_keys(unsigned number, Distance& distance) const {
         constexpr int MOST = (KEYS + TEAM - 1) / TEAM;
         const Word* from = p.layer.words + KEY_WORDS + 2 * voice * KEYS;
         Word heard[MOST][2];
         spin_until(watch, 4, [&] {
-            bool all = true;
+            bool all = distance.is_here(number);
 #pragma unroll
             for (int i = 0; i < MOST; ++i) {
                 const int key = threadIdx.x + i * TEAM;
@@ -88,7 +107,7 @@ struct Sampler {
     }
 
     // Every score, into shared memory.
-    DEVICE Best gather_scores(unsigned number) const {
+    DEVICE Best gather_scores(unsigned number, Distance& distance) const {
         constexpr int AT_ONCE = 8;
         Best best;
 #pragma unroll 1
@@ -96,7 +115,7 @@ struct Sampler {
             const Word* from = p.layer.words + SCORE_WORDS + voice * VOCAB;
             Word heard[AT_ONCE];
             spin_until(watch, 5, [&] {
-                bool all = true;
+                bool all = distance.is_here(number);
 #pragma unroll
                 for (int i = 0; i < AT_ONCE; ++i) {
                     if (first + i * TEAM >= VOCAB) continue;
@@ -119,26 +138,13 @@ struct Sampler {
         return best;
     }
 
-    // How far the state moved: the parts of all its rows, into shared memory.
-    DEVICE void gather_distances(unsigned number) const {
-        if (warp_index() * 32 >= DISTANCES) return;
-        const int part = threadIdx.x;
-        const bool exists = part < DISTANCES && part % OWNERS * 2 < tiles_of(HIDDEN_TILES, part / OWNERS).count();
-        const Word* from = p.layer.words + DISTANCE_WORDS + voice * DISTANCES + part;
-        Word heard = 0;
-        spin_until(watch, 6, [&] {
-            if (!exists) return true;
-            heard = load_word(from);
-            return word_number(heard) == number;
-        });
-        if (part < DISTANCES) store_shared<unsigned>(base + DISTANCES_AT + part * 4, word_value(heard));
-    }
-
     // The whole team: the next token, and what it does to the sequence.
     DEVICE_CALL void choose(unsigned number, bool greedy) const {
         if (IN_ROOM && !greedy) Search(base + SEARCH_AT).clear_cells();
-        const Best mine = greedy ? gather_keys(number) : gather_scores(number);
-        gather_distances(number);
+        Distance moved = distance();
+        const Best mine = greedy ? gather_keys(number, moved) : gather_scores(number, moved);
+        if (static_cast<int>(threadIdx.x) < DISTANCES)
+            store_shared<unsigned>(base + DISTANCES_AT + threadIdx.x * 4, word_value(moved.heard));
         const unsigned best = max_of_lanes(mine.order);
         const unsigned id = min_of_lanes(mine.order == best ? mine.id : 0xffffffffu);
         const unsigned least = min_of_lanes(mine.least);
@@ -169,16 +175,24 @@ struct Sampler {
         KeptScores scores{base + SCORES_AT, base + exchange_at(0), 0};
         const Softmax softmax(extremes.best, extremes.least, slot.scale_high, slot.scale_low);
         bool fits = true;
-#pragma unroll 4
-        for (int id = threadIdx.x; id < (VOCAB + 31) / 32 * 32; id += TEAM) {
-            const bool weighs = id < VOCAB && softmax.weighs(scores.of(id));
-            const unsigned lanes = lanes_where(weighs);
-            const int place = scores.kept + bits_set(lanes & ((1u << lane_index()) - 1u));
-            scores.kept += bits_set(lanes);
-            fits = fits && scores.kept <= KeptScores::ROOM;
-            if (weighs && fits)
-                store_shared<unsigned short>(scores.list + (warp_index() * KeptScores::ROOM + place) * 2,
-                                             static_cast<unsigned short>(id));
+        constexpr int AT_ONCE = 4, ALL = (VOCAB + 31) / 32 * 32;
+#pragma unroll 1
+        for (int first = threadIdx.x; first < ALL; first += TEAM * AT_ONCE) {
+            float values[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) values[i] = scores.of(min(first + i * TEAM, VOCAB - 1));
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; ++i) {
+                const int id = first + i * TEAM;
+                const bool weighs = id < VOCAB && softmax.weighs(values[i]);
+                const unsigned lanes = lanes_where(weighs);
+                const int place = scores.kept + bits_set(lanes & ((1u << lane_index()) - 1u));
+                scores.kept += bits_set(lanes);
+                fits = fits && scores.kept <= KeptScores::ROOM;
+                if (weighs && fits)
+                    store_shared<unsigned short>(scores.list + (warp_index() * KeptScores::ROOM + place) * 2,
+                                                 static_cast<unsigned short>(id));
+            }
         }
         if (lane_index() == 0) store_shared<unsigned>(base + FITS_AT + warp_index() * 4, fits ? 1u : 0u);
         sync();

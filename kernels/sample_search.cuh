@@ -203,22 +203,44 @@ private:
 
     DEVICE unsigned cell(unsigned digit) const { return smem + (digit * WARP_LANES + lane_index()) * 4; }
 
+    // use(id, score, weight) for this thread's scores with the prefix that weigh something. TOGETHER at a time, so that
+    // they do not wait for each other; the prefix is cheaper than the weight, and few have it at deeper levels.
+    template <typename List, typename Use>
+    DEVICE static void each(const List& scores, const Softmax& softmax, const Prefix& prefix, Use use) {
+        const int end = scores.end(), step = scores.step();
+#pragma unroll 1
+        for (int first = scores.first(); first < end; first += TOGETHER * step) {
+            int ids[TOGETHER];
+            float values[TOGETHER];
+            bool held[TOGETHER], any = false;
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) ids[i] = scores.id(first + i * step < end ? first + i * step : first);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) values[i] = scores.of(ids[i]);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                held[i] = first + i * step < end && prefix.holds(softmax, values[i], ids[i]);
+                any = any || held[i];
+            }
+            if (!any) continue;
+            Weight weights[TOGETHER];
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) weights[i] = softmax.weigh(values[i]);
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i)
+                if (held[i] && weights[i].any()) use(ids[i], values[i], weights[i]);
+        }
+    }
+
     // Sums and counts of the scores with this prefix, by their next digit, into `bins`. Ends with a barrier.
     template <typename List>
     DEVICE void count(const List& scores, const Softmax& softmax, const Prefix& prefix, unsigned bins) const {
-#pragma unroll TOGETHER
-        for (int entry = scores.first(); entry < scores.end(); entry += scores.step()) {
-            const int id = scores.id(entry);
-            const float score = scores.of(id);
-            if (!prefix.holds(softmax, score, id))
-                continue;  // cheaper than the weight, and few are left at deeper levels
-            const Weight weight = softmax.weigh(score);
-            if (!weight.any()) continue;
+        each(scores, softmax, prefix, [&](int id, float score, const Weight& weight) {
             const unsigned at = cell(prefix.next_digit(softmax, score, id));
             atomic_add_shared(at, static_cast<unsigned>(weight.low + HALF_LIMB));
             atomic_add_shared(at + CELLS_BYTES, static_cast<unsigned>(weight.high));
             atomic_add_shared(at + 2 * CELLS_BYTES, 1u);
-        }
+        });
         sync_search();  // the cells are complete
         for (int bin = warp_index(); bin < BINS; bin += WARPS) {
             const unsigned at = cell(bin);
@@ -280,19 +302,12 @@ private:
     template <typename List>
     DEVICE Found compare(const List& scores, const Softmax& softmax, const Prefix& prefix, int counted, Sum before,
                          Sum target) const {
-#pragma unroll TOGETHER
-        for (int entry = scores.first(); entry < scores.end(); entry += scores.step()) {
-            const int id = scores.id(entry);
-            const float score = scores.of(id);
-            if (!prefix.holds(softmax, score, id))
-                continue;  // cheaper than the weight, and few are left at deeper levels
-            const Weight weight = softmax.weigh(score);
-            if (!weight.any()) continue;
+        each(scores, softmax, prefix, [&](int id, float score, const Weight& weight) {
             const unsigned at = CANDIDATES_AT + atomic_add_shared(smem + COUNTER_AT, 1u) * 16;
             const Sum place = softmax.fine(score, id), sum = weight.sum();
             store_shared<uint4>(smem + at,
                                 make_uint4(low_half(place), high_half(place), low_half(sum), high_half(sum)));
-        }
+        });
         sync_search();  // the candidates are written, in whatever order
         const int mine = threadIdx.x;
         if (mine < counted) {

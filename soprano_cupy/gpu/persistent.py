@@ -52,7 +52,7 @@ GRIDS: tuple[GridChoice, ...] = ((4, 16, 2), (4, 16, 1), (4, 8, 1), (2, 16, 1), 
 
 # What a wait that took too long was for: the error word's codes in kernels/persistent_*.cuh.
 WAITS = {
-    1: "weights", 2: "room for weights", 3: "a token", 4: "the best scores", 5: "the scores", 6: "the state's distance",
+    1: "weights", 2: "room for weights", 3: "a token", 4: "the best scores", 5: "the scores",
     7: "the clerk", 8: "the sum behind attention", 9: "the sum behind the MLP", 16: "queries", 17: "attention",
     18: "a layer's input", 19: "the MLP's input", 20: "gated channels", 21: "a layer's norm", 22: "the MLP's norm",
     23: "states",
