@@ -16,6 +16,7 @@ import numpy as np
 
 from ..config import FRAMES_PER_TOKEN
 from ..crowd.device import Audio, Order
+from ..crowd.processes_buffers import Buffers
 from . import program
 from .vocos_tables import ENDLESS, FIRST_HOP, PARTS, Piece, frames_of, group_pieces, margins
 
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 CALLS = 2  # under way
 BLOCKS = 4  # of page-locked memory: a call's samples lie there until they are copied to memory of their own
 CUT_BYTES = 1 << 16  # of samples that the device's thread copies itself
-CUTTERS = 2  # threads that copy the rest: half of a sentence's time goes into fresh pages
+CUTTERS = 2  # threads that copy the rest
+BUFFERS_BYTES = 32 << 20  # of sentences heard and forgotten, that a block fills again
 FLOAT_BYTES = 4
 
 
@@ -57,14 +59,14 @@ class _Block:
     def __init__(self, nbytes: int) -> None:
         memory = program.MappedMemory(nbytes)
         self.address, self._memory = memory.host, memory
+        self._buffers = Buffers(BUFFERS_BYTES)  # a block is cut by one thread at a time
 
     def cut(self, parts: Sequence[_Part]) -> list[Audio]:
         """The samples of orders, each in memory of its own; the interpreter's lock is given away once for all."""
         from ._driver import copy_on_host
 
         audio = [
-            Audio(order.slot, np.empty(nbytes // (2 if order.pcm else FLOAT_BYTES), _kind(order)), order.ends)
-            for order, _, nbytes in parts
+            Audio(order.slot, self._buffers.empty(nbytes).view(_kind(order)), order.ends) for order, _, nbytes in parts
         ]
         places = zip(audio, parts, strict=True)
         copy_on_host([(own.samples.ctypes.data, self.address + part.start, part.nbytes) for own, part in places])
