@@ -6,4 +6,5 @@ futures that hand out the sound as it is made.
     device.py     what a device must offer       driver.py      one device's slots, turn by turn
     crowd.py      threads, rebuilding, closing   runner_device.py, ../gpu/crowd_device.py   devices
     plan.py       which devices, and what runs on each
+    processes.py  several GPUs, a process for each      buffers.py     samples' memory, used again
 """

@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 
-from .processes_buffers import Buffers
+from .buffers import Buffers
 
 ALIGNMENT = 64  # bytes; a cache line
 

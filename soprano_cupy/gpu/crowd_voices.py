@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ..config import FRAMES_PER_TOKEN
+from ..crowd.buffers import Buffers
 from ..crowd.device import Audio, Order
-from ..crowd.processes_buffers import Buffers
 from . import program
 from .vocos_tables import ENDLESS, FIRST_HOP, PARTS, Piece, frames_of, group_pieces, margins
 

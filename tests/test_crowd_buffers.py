@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from soprano_cupy.crowd.processes_buffers import SMALLEST, Buffers, _size_for
+from soprano_cupy.crowd.buffers import SMALLEST, Buffers, _size_for
 
 SIZE = 300_000
 
