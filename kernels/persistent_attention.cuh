@@ -74,9 +74,9 @@ struct HeadLanes {
     }
 
     // By a whole warp: a head (HEAD_DIM floats at `raw`) times its gain and rotated by the angles (cosines, then sines), into
-    // the lanes of every group, through HEAD_DIM floats of scratch that are the warp's own. All in shared memory. Returns the
-    // factor of the RMS norm, which is left to do: it is the same for all elements.
-    DEVICE float turn(unsigned raw, unsigned gain_at, unsigned angles_at, unsigned scratch, float epsilon) {
+    // HEAD_DIM floats of scratch that are the warp's own; a barrier of the warp follows. All in shared memory. Returns this
+    // lane's part of the sum of squares: the norm is left to do, as its factor is the same for all elements.
+    DEVICE static float turn(unsigned raw, unsigned gain_at, unsigned angles_at, unsigned scratch) {
         constexpr unsigned HALF_BYTES = HEAD_DIM * 2;
         const int first = lane_index() * LANE_PAIRS;
         float sum = 0.0f;
@@ -98,18 +98,22 @@ struct HeadLanes {
                 store_shared<float>(at + HALF_BYTES, gained_h * cosine[i] + gained_l * sine[i]);
             }
         }
-        sync_warp();
+        return sum;
+    }
+
+    // What `turn` has put into the scratch, into the lanes of every group.
+    DEVICE void load(unsigned scratch) {
         const unsigned at = scratch + lane_index() % 8 * PIECE * 4;
 #pragma unroll
         for (int i = 0; i < HALF_LANE; i += PIECE) {
             load_floats<PIECE>(at + i * 8 * 4, low + i);
-            load_floats<PIECE>(at + HALF_BYTES + i * 8 * 4, high + i);
+            load_floats<PIECE>(at + HEAD_DIM * 2 + i * 8 * 4, high + i);
         }
-#pragma unroll
-        for (int mask = 1; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-        return inverse_sqrt(sum * (1.0f / HEAD_DIM) + epsilon);
     }
 };
+
+// The factor of the RMS norm of a head, from the lanes' parts of its sum of squares.
+DEVICE float head_factor(float sum, float epsilon) { return inverse_sqrt(sum * (1.0f / HEAD_DIM) + epsilon); }
 
 // One key with its value, as a group holds them.
 struct KeyValue {

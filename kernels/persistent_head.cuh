@@ -139,7 +139,8 @@ struct Choir {
 
     // The head's tiles that go through a room. left: of this block's, from this round's first on.
     template <int ROOM> DEVICE void multiply_in(int left, bool keep) {
-        constexpr int MOST = head_in(ROOM), BEFORE = head_before(ROOM);
+        constexpr int BEFORE = head_before(ROOM);
+        constexpr int MOST = HEAD_ROUNDS > 1 ? head_in(ROOM) : larger(0, head_in_one_round(ROOM));
         if constexpr (MOST > 0) {
             const int first = tiles().count() - left + BEFORE;
             multiply<ROOM, MOST, 0, HIDDEN_STEPS, IN_HEAD>(

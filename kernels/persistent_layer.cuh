@@ -217,7 +217,7 @@ struct Worker {
         }
     }
 
-    DEVICE unsigned turned_at() const { return base + TURNED_AT + warp_index() * HEAD_DIM * 4; }
+    DEVICE unsigned turned_at() const { return base + TURNED_AT + warp_index() * 2 * HEAD_DIM * 4; }
 
     // This rank's share of the attention: its keys, its dimensions of the values.
     DEVICE void attend(int layer, Keys& keys) {
@@ -225,10 +225,24 @@ struct Worker {
         exchange.await<EX_QKV>();
         MARK(5);
         const unsigned raw = exchange.at<EX_QKV>() + place.voice * QKV_ROWS * 4;
+        const unsigned turned = turned_at(), angles = base + ANGLES_AT;
+        float squares = HeadLanes::turn(raw + place.head * HEAD_DIM * 4, base + GAINS_AT, angles, turned);
+        // The newest key beside the query, by the warp that keeps it.
+        const bool newest_here =
+            position % PARTS == place.part && position / PARTS % GROUPS / 4 == static_cast<int>(warp_index());
+        float key_squares = 0.0f;
+        if (newest_here)
+            key_squares = HeadLanes::turn(raw + (Q_ROWS + place.kv * HEAD_DIM) * 4, base + GAINS_AT + HEAD_DIM * 4,
+                                          angles, turned + HEAD_DIM * 4);
+        sync_warp();
         HeadLanes query;
-        const float factor =
-            query.turn(raw + place.head * HEAD_DIM * 4, base + GAINS_AT, base + ANGLES_AT, turned_at(), p.epsilon) *
-            (1.44269504f / sqrtf(static_cast<float>(HEAD_DIM)));
+        query.load(turned);
+#pragma unroll
+        for (int mask = 1; mask < 32; mask *= 2) {
+            squares += shuffle_xor(squares, mask);
+            if (newest_here) key_squares += shuffle_xor(key_squares, mask);
+        }
+        const float factor = head_factor(squares, p.epsilon) * (1.44269504f / sqrtf(static_cast<float>(HEAD_DIM)));
         Share share;
 #pragma unroll 1
         while (keys.more()) {
@@ -236,7 +250,7 @@ struct Worker {
             const int at = keys.position;
             keys.position += Keys::STRIDE;
             keys.load();
-            if (lanes_where(at == keys.count) != 0) take_newest(layer, at, pair);
+            if (newest_here && at == position) take_newest(layer, head_factor(key_squares, p.epsilon), pair);
             const float score = pair.score(query) * factor;
             if (at <= keys.count) share.add(score, pair.value);
         }
@@ -252,16 +266,12 @@ struct Worker {
         MARK(8);
     }
 
-    // The new token's own key and value, from the exchange: for the group whose position it is, which also stores them for
-    // the tokens to come.
-    DEVICE void take_newest(int layer, int at, KeyValue& pair) const {
+    // The new token's own key and value, from the exchange: by the group whose position it is, which also stores them for the
+    // tokens to come.
+    DEVICE void take_newest(int layer, float factor, KeyValue& pair) const {
         const int lane = lane_index();
         HeadLanes key;
-        sync_warp();  // the query has been read
-        const float factor =
-            key.turn(exchange.at<EX_QKV>() + (place.voice * QKV_ROWS + Q_ROWS + place.kv * HEAD_DIM) * 4,
-                     base + GAINS_AT + HEAD_DIM * 4, base + ANGLES_AT, turned_at(), p.epsilon);
-        if (at != position) return;
+        key.load(turned_at() + HEAD_DIM * 4);
 #pragma unroll
         for (int i = 0; i < HALF_LANE; i += 2) {
             pair.low.words[i / 2] = pack2(key.low[i] * factor, key.low[i + 1] * factor);

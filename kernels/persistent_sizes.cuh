@@ -66,6 +66,9 @@ constexpr int head_before(int room) {
     return tiles;
 }
 constexpr int HEAD_TOGETHER = head_before(ROOMS);  // tiles of a round
+constexpr int head_in_one_round(int room) {        // where that is all
+    return HEAD_MOST - head_before(room) < head_in(room) ? HEAD_MOST - head_before(room) : head_in(room);
+}
 constexpr int HEAD_ROUNDS = (HEAD_MOST + HEAD_TOGETHER - 1) / HEAD_TOGETHER;
 
 // Attention: the ranks of a head are VOICES sequences times PARTS shares of the keys times DIM_PARTS shares of the values'
@@ -133,8 +136,8 @@ constexpr unsigned SHARE_AT =
 constexpr unsigned ATTENDED_AT = SHARE_AT + TEAM_WARPS * OUT_STRIDE * 4;  // (VOICES, Q_ROWS) Element
 constexpr unsigned GAINS_AT = ATTENDED_AT + VOICES * ATTENDED_STRIDE;     // (2, HEAD_DIM) float of the layer
 constexpr unsigned ANGLES_AT = GAINS_AT + 2 * HEAD_DIM * 4;               // (2, HEAD_DIM / 2) float: cosines, sines
-constexpr unsigned TURNED_AT = ANGLES_AT + HEAD_DIM * 4;                  // (TEAM_WARPS, HEAD_DIM) float
-constexpr unsigned BARRIERS_AT = TURNED_AT + TEAM_WARPS * HEAD_DIM * 4;
+constexpr unsigned TURNED_AT = ANGLES_AT + HEAD_DIM * 4;  // (TEAM_WARPS, 2, HEAD_DIM) float: query, newest key
+constexpr unsigned BARRIERS_AT = TURNED_AT + 2 * TEAM_WARPS * HEAD_DIM * 4;
 constexpr unsigned DEAD_AT = BARRIERS_AT + 8 * (2 * ROOMS + EXCHANGES);
 constexpr unsigned STOP_AT = DEAD_AT + 4;  // 1: no more weights are wanted
 constexpr unsigned SHARED_END = DEAD_AT + 16;

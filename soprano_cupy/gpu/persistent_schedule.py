@@ -176,7 +176,7 @@ class Shape:
         most = max(most, ceil(self.head_tiles, self.blocks))
         total = sum(self.room_bytes()) + sum(ceil(n, 16) * 16 for n in self.exchange_bytes())
         total += WARPS * self.voices * most * TILE * 4 + WARPS * (self.out_dims + 4) * 4
-        total += self.voices * (self.q_rows * 2 + 16) + (3 + WARPS) * self.head_dim * 4
+        total += self.voices * (self.q_rows * 2 + 16) + (3 + 2 * WARPS) * self.head_dim * 4
         return total + 8 * (2 * len(self.room_bytes()) + len(self.exchange_bytes())) + 16
 
     def defines(self) -> tuple[tuple[str, int], ...]:
