@@ -1,16 +1,15 @@
 """Many voices at once: throughput against batch, and latency of live streams that arrive at random.
 
-    python benchmarks/crowd.py [--smoke] [--device cuda] [--gpus 1,2,4] [--batches 1,8,...] [--streams 1,10,...]
-                               [--seconds 1.5] [--model FOLDER] [--invariant] [--plot FILE.png] [--out FILE]
+    python benchmarks/crowd.py [--smoke] [--device cuda] [--batches 1,8,...] [--streams 1,10,...] [--seconds 1]
+                               [--model FOLDER] [--invariant] [--plot FILE.png] [--out FILE]
 
 The checkpoint is a random one of Soprano-1.1-80M's shape unless --model names another. Texts are random words of 20 to
 200 characters; their sentences are held to between 40 and 200 tokens, drawn at random, 120 on average: 7.7 s of sound.
 
 crowd/throughput/B* seconds of sound in a second, texts in (normalised, cut and tokenised by one thread), 16-bit samples
-in host memory out, at most B sentences at once; crowd/tokens_in/B* the same from token ids; crowd/host/B* the per cent
+in host memory out, at most B sentences at once, the median of three measurements in a row; crowd/tokens_in/B* the same from token ids; crowd/host/B* the per cent
 of the time, texts in, in which the language model had nothing to do on the GPU since the host had asked for nothing
-(`peer`: the same with token ids). /gpus2 and /gpus4: on several GPUs, B for each. crowd/live/N*: N streams being
-listened to at a time on average (Poisson arrivals, ten a second at least; each played at real time from its first
+(`peer`: the same with token ids). crowd/live/N*: N streams being listened to at a time on average (Poisson arrivals, ten a second at least; each played at real time from its first
 sample): first_audio, finish and silence in milliseconds, medians with p95 and p99 in `peer`; dry: streams in a thousand
 that fell silent; refused: requests in a thousand that were sent away (`Busy`). crowd/cancel: milliseconds from `cancel`
 until the slot is free. memory: GPU bytes of the crowd's buffers.
@@ -28,7 +27,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -51,16 +52,14 @@ TOKENS = (40, 200)  # of a sentence
 BATCHES, STREAMS = (1, 8, 64, 256, 512, 1024, 2048), (1, 10, 100, 500, 1000, 2000, 5000)
 PERCENTILES = (50, 95, 99)
 LEAST_ARRIVALS = 10.0  # a second
+REPEATS = 3
 
 
 class Subject:
     """A voice, crowds of it, and sentences for it."""
 
-    def __init__(self, folder: Path, device: str, gpus: int, batch: int, *, invariant: bool, tokens: tuple[int, int]):
-        devices = [f"cuda:{i}" for i in range(gpus)] if device != "cpu" else ["cpu"]
-        self.tts = SopranoTTS(
-            folder, device=devices[0], devices=devices, max_batch=batch, max_queue=1 << 20, invariant=invariant
-        )
+    def __init__(self, folder: Path, device: str, batch: int, *, invariant: bool, tokens: tuple[int, int]):
+        self.tts = SopranoTTS(folder, device=device, max_batch=batch, max_queue=1 << 20, invariant=invariant)
         self._random, self._tokens = random.Random(5), tokens
         self.texts = sentences(4096, seed=3)
 
@@ -75,7 +74,7 @@ class Subject:
         self.tts._crowd_plan = replace(self.tts._crowd_plan, max_batch=batch)
 
     def waits(self, waits: Waits) -> Any:
-        """Measure how the first GPU waits for the host."""
+        """Measure how the GPU waits for the host."""
         return waits.of(self.crowd().devices[0])
 
     def request(self, text: str) -> list[Request]:
@@ -93,8 +92,10 @@ def settle() -> None:
     gc.freeze()
 
 
-def throughput(subject: Subject, batch: int, *, text_in: bool, seconds: float, waits: Waits | None = None) -> float:
-    """Seconds of sound in a second of a full house, from the middle of many sentences."""
+def throughput(
+    subject: Subject, batch: int, *, text_in: bool, seconds: float, waits: Waits | None = None
+) -> list[float]:
+    """Seconds of sound in a second of a full house, from the middle of many sentences, some times in a row."""
     crowd, wish = subject.crowd(), Wish(pcm=True)
     texts = iter(lambda: subject._random.choice(subject.texts), None)
     ready = None if text_in else [subject.request(next(texts)) for _ in range(min(2048, 4 * batch))]
@@ -121,17 +122,18 @@ def throughput(subject: Subject, batch: int, *, text_in: bool, seconds: float, w
     feeder = threading.Thread(target=feed)
     feeder.start()
     time.sleep(max(seconds / 2, 0.3))
+    marks = []
     with subject.waits(waits or Waits()):
-        with lock:
-            begin, before = time.perf_counter(), samples[0]
-        time.sleep(seconds)
-        with lock:
-            end, after = time.perf_counter(), samples[0]
+        for _ in range(REPEATS + 1):
+            with lock:
+                marks.append((time.perf_counter(), samples[0]))
+            if len(marks) <= REPEATS:
+                time.sleep(seconds)
     stop.set()
     waiting.release()
     feeder.join()
     drain(crowd)
-    return (after - before) / SAMPLE_RATE_HZ / (end - begin)
+    return [(n - m) / SAMPLE_RATE_HZ / (end - begin) for (begin, m), (end, n) in pairwise(marks)]
 
 
 def drain(crowd: Any) -> None:
@@ -223,10 +225,10 @@ def percentiles(case: str, values: Sequence[float]) -> Row:
     return Row(case, p50, "ms", len(values), p99=p99, peer={"p95": p95, "p99": p99})
 
 
-def live_rows(subject: Subject, streams: int, seconds: float, place: str) -> Iterator[Row]:
+def live_rows(subject: Subject, streams: int, seconds: float) -> Iterator[Row]:
     listeners, refused = live(subject, streams, seconds)
     heard = [listener for listener in listeners if listener.first is not None]
-    case = f"crowd/live/N{streams}{place}"
+    case = f"crowd/live/N{streams}"
     if not heard:
         return
     yield percentiles(f"{case}/first_audio", [1e3 * (x.first - x.begin) for x in heard if x.first is not None])
@@ -246,46 +248,44 @@ def measure(options: argparse.Namespace, folder: Path, save: Callable[[list[Row]
         sys.stdout.write(f"{row.case:44} {row.value:12.4g} {row.unit} {row.peer or ''}\n")
         sys.stdout.flush()
 
-    for gpus in options.gpus:
-        place = "" if gpus == 1 else f"/gpus{gpus}"
-        subject = Subject(folder, options.device, gpus, options.live_batch, invariant=options.invariant, tokens=tokens)
-        with subject.tts:
-            for batch in options.batches:
-                subject.resize(batch)
-                for row in throughput_rows(subject, batch, gpus, options, place):
-                    add(row)
-                save(rows)
-            subject.resize(options.live_batch)
-            throughput(subject, 1, text_in=False, seconds=0.2)
-            for streams in options.streams:
-                for row in live_rows(subject, streams, 2 * options.seconds, place):
-                    add(row)
-                save(rows)
-            add(percentiles(f"crowd/cancel{place}", cancel_ms(subject, 20)))
-        save(rows)
+    subject = Subject(folder, options.device, options.live_batch, invariant=options.invariant, tokens=tokens)
+    with subject.tts:
+        for batch in options.batches:
+            subject.resize(batch)
+            for row in throughput_rows(subject, batch, options):
+                add(row)
+            save(rows)
+        subject.resize(options.live_batch)
+        throughput(subject, 1, text_in=False, seconds=0.1)
+        for streams in options.streams:
+            for row in live_rows(subject, streams, 2 * options.seconds):
+                add(row)
+            save(rows)
+        add(percentiles("crowd/cancel", cancel_ms(subject, 20)))
+    save(rows)
     if options.plot:
         from benchmarks.crowd_plot import plot
 
         plot(rows, "Soprano, many voices at once", options.plot)
 
 
-def throughput_rows(subject: Subject, batch: int, gpus: int, options: argparse.Namespace, place: str) -> Iterator[Row]:
+def throughput_rows(subject: Subject, batch: int, options: argparse.Namespace) -> Iterator[Row]:
     """Memory, speeds, and how long the GPU waits for the host."""
     on_gpu = options.device != "cpu"
     if on_gpu:
-        yield Row(f"crowd/memory/B{batch}{place}", subject.memory() / 1e6, "MB", 1)
-    limit = LIMIT * gpus if on_gpu else None
+        yield Row(f"crowd/memory/B{batch}", subject.memory() / 1e6, "MB", 1)
+    limit = LIMIT if on_gpu else None
     waited: dict[str, float] = {}
     for name, text_in in (("tokens_in", False), ("throughput", True)):
         waits = Waits()
-        made = throughput(subject, batch * gpus, text_in=text_in, seconds=options.seconds, waits=waits)
-        share = made / limit if limit else None
-        yield Row(f"crowd/{name}/B{batch}{place}", made, "x real time", 1, limit=limit, share_of_limit=share)
+        made = throughput(subject, batch, text_in=text_in, seconds=options.seconds, waits=waits)
+        share = median(made) / limit if limit else None
+        yield Row(f"crowd/{name}/B{batch}", median(made), "x real time", len(made), limit=limit, share_of_limit=share)
         if (found := waits.share()) is not None:
             waited[name] = 100 * found
     if "throughput" in waited:
         peer = {"tokens_in": waited["tokens_in"]} if "tokens_in" in waited else {}
-        yield Row(f"crowd/host/B{batch}{place}", waited["throughput"], "per cent", 1, peer=peer)
+        yield Row(f"crowd/host/B{batch}", waited["throughput"], "per cent", 1, peer=peer)
 
 
 def main() -> int:
@@ -295,14 +295,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, to try the program itself")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--gpus", type=numbers, default=[1])
     parser.add_argument("--batches", type=numbers, default=list(BATCHES))
     parser.add_argument("--streams", type=numbers, default=list(STREAMS))
-    parser.add_argument("--live-batch", type=int, default=1024, help="voices at once of the live part, for each GPU")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement; twice that of live ones")
+    parser.add_argument("--live-batch", type=int, default=1024, help="voices at once of the live part")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement; twice that of live ones")
     parser.add_argument("--plot", type=Path, help="also draw speeds and latencies against the number of voices")
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--switch-us", type=float, default=500, help="of threads: sys.setswitchinterval")
+    parser.add_argument("--switch-us", type=float, default=100, help="of threads: sys.setswitchinterval")
     parser.add_argument("--invariant", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

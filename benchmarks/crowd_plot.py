@@ -9,20 +9,17 @@ from pathlib import Path
 from benchmarks.common import Row
 from benchmarks.runtime_plot import Points, draw
 
-PLACES = {"": "", "/gpus2": ", 2 GPUs", "/gpus4": ", 4 GPUs"}
-
 
 def throughput_lines(rows: Sequence[Row]) -> dict[str, Points]:
-    """By what goes in and the number of GPUs, times real time against the sentences at once; and the limit."""
+    """By what goes in, times real time against the sentences at once; and the limit."""
     lines: dict[str, Points] = {}
     for row in rows:
-        match = re.fullmatch(r"crowd/(throughput|tokens_in)/B(\d+)(/gpus\d+)?", row.case)
+        match = re.fullmatch(r"crowd/(throughput|tokens_in)/B(\d+)", row.case)
         if match is None:
             continue
-        place = PLACES.get(match[3] or "", match[3])
         name = "text in" if match[1] == "throughput" else "token ids in"
-        lines.setdefault(f"{name}{place}", {})[int(match[2])] = row.value
-        if row.limit is not None and not place:
+        lines.setdefault(name, {})[int(match[2])] = row.value
+        if row.limit is not None:
             lines.setdefault("limit", {})[int(match[2])] = row.limit
     return lines
 

@@ -42,7 +42,7 @@ from soprano_cupy.testing import SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER, TINY,
 
 TOKENS = (40, 200)  # of a sentence
 WISH = Wish(pcm=True)
-SWITCH_S = 5e-4
+SWITCH_S = 1e-4
 
 
 class Load:

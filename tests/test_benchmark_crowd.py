@@ -39,7 +39,6 @@ def test_lines_of_the_plot() -> None:
     rows = [
         Row("crowd/throughput/B64", 4000.0, "x real time", 1, limit=83_000.0),
         Row("crowd/tokens_in/B64", 5000.0, "x real time", 1, limit=83_000.0),
-        Row("crowd/throughput/B64/gpus2", 7900.0, "x real time", 1, limit=166_000.0),
         Row("crowd/throughput/B512", 9000.0, "x real time", 1, limit=83_000.0),
         Row("crowd/memory/B512", 1.0, "MB", 1),
         Row("crowd/live/N500/first_audio", 3.0, "ms", 9, p99=5.0, peer={"p95": 4.0, "p99": 5.0}),
@@ -48,7 +47,6 @@ def test_lines_of_the_plot() -> None:
     assert throughput_lines(rows) == {
         "text in": {64: 4000.0, 512: 9000.0},
         "token ids in": {64: 5000.0},
-        "text in, 2 GPUs": {64: 7900.0},
         "limit": {64: 83_000.0, 512: 83_000.0},
     }
     assert latency_lines(rows) == {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .speech_api import SpeechServer
 
 DRAIN_SECONDS = 5.0
-SWITCH_SECONDS = 5e-4  # that a thread which answers a client may keep the one that speaks from working
+SWITCH_SECONDS = 1e-4  # that a thread which answers a client may keep the one that speaks from working
 
 EPILOG = """\
 example:

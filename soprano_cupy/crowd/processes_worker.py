@@ -30,7 +30,7 @@ from .processes_orders import Orders
 from .processes_relay import AudioChannel, Relay
 from .processes_ring import RingWriter
 
-SWITCH_S = 0.0005  # a crowd's thread and the preparing of texts take turns
+SWITCH_S = 0.0001  # a crowd's thread and the preparing of texts take turns
 LOOK_S = 0.005  # from one look at what waits to the next
 LIFE_S = 5.0  # from one sign of life to the next
 END_S = 8.0  # that closing may take
