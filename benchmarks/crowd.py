@@ -6,14 +6,14 @@
 The checkpoint is a random one of Soprano-1.1-80M's shape unless --model names another. Texts are random words of 20 to
 200 characters; their sentences are held to between 40 and 200 tokens, drawn at random, 120 on average: 7.7 s of sound.
 
-crowd/throughput/B* seconds of sound in a second, texts in (normalised, cut and tokenised by one thread), 16-bit samples
-in host memory out, at most B sentences at once, the median of three measurements in a row; crowd/tokens_in/B* the same
-from token ids; crowd/host/B* the per cent of the time, texts in, in which the language model had nothing to do on the
-GPU since the host had asked for nothing (`peer`: the same with token ids). crowd/live/N*: N streams being listened to at
-a time on average (Poisson arrivals, ten a second at least; each played at real time from its first sample): first_audio,
-finish and silence in milliseconds, medians with p95 and p99 in `peer`; dry: streams in a thousand that fell silent;
-refused: requests in a thousand that were sent away (`Busy`). crowd/cancel: milliseconds from `cancel` until the slot is
-free. memory: GPU bytes of the crowd's buffers.
+crowd/throughput/B* seconds of sound in a second, texts in (normalised, cut and tokenised by one thread), 16-bit
+samples in host memory out, at most B sentences at once, the median of three measurements in a row; crowd/tokens_in/B*
+the same from token ids; crowd/host/B* the per cent of the time, texts in, in which the language model had nothing to
+do on the GPU since the host had asked for nothing (`peer`: the same with token ids). crowd/live/N*: N streams being
+listened to at a time on average (Poisson arrivals, ten a second at least; each played at real time from its first
+sample): first_audio, finish and silence in milliseconds, medians with p95 and p99 in `peer`; dry: streams in a
+thousand that fell silent; refused: requests in a thousand that were sent away (`Busy`). crowd/cancel: milliseconds
+from `cancel` until the slot is free. memory: GPU bytes of the crowd's buffers.
 """
 
 from __future__ import annotations
