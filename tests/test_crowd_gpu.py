@@ -17,6 +17,7 @@ from numerics import snr_db
 from soprano_cupy import Busy, DeadlineExceeded, DeviceError, SopranoTTS
 from soprano_cupy.audio import to_pcm16
 from soprano_cupy.crowd.driver import Driver
+from soprano_cupy.gpu import step
 from soprano_cupy.gpu.crowd_device import GpuDevice, open_device
 from soprano_cupy.gpu.crowd_steps import CrowdSteps
 from soprano_cupy.sampling import SamplingParams, penalise
@@ -72,13 +73,21 @@ def all_free(tts: SopranoTTS) -> None:
         time.sleep(0.001)
 
 
-def test_one_voice_says_what_infer_says(tts: SopranoTTS) -> None:
+def test_one_voice_says_what_infer_says(tts: SopranoTTS, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a token, if any, whose lead is within the error: `infer` has kernels of its own for one voice."""
     assert device_of(tts).slots == 64
-    for number in range(6):
-        alone = tts.infer(text_of(number))
+    model: Any = tts.engine.language_model
+    wanted = {n: tts._requests(text_of(n), SamplingParams())[0] for n in range(6)}
+    made = what_is_made(monkeypatch, wanted)
+    for n, request in wanted.items():
+        alone = tts.infer(text_of(n))
+        batch = model._idle[-1]
+        count = int(step.progress_count(int(batch.progress[0])))
+        reference = np.array(batch.tokens[0, :count]), batch.states[0, :count].get()
         for stream in (False, True):
-            crowd = tts.submit(text_of(number), stream=stream).result(60)
-            assert alike(crowd, alone)
+            samples = tts.submit(text_of(n), stream=stream).result(60)
+            if says_the_same(model, request, made[n], reference):
+                assert alike(samples, alone), f"sentence {n}"
     all_free(tts)
 
 
@@ -107,8 +116,22 @@ def test_crowds_without_fixed_kernels_say_the_same_words(tts: SopranoTTS, monkey
     """
     model: Any = tts.engine.language_model
     wanted = {n: tts._requests(text_of(n), SamplingParams())[0] for n in range(40)}
+    made = what_is_made(monkeypatch, wanted)
+    samples_alone = [tts.submit(text_of(n)).result(60) for n in wanted]
+    alone = dict(made)
+    samples = [speech.result(60) for speech in [tts.submit(text_of(n)) for n in range(200)]]
+    for n, request in wanted.items():
+        if says_the_same(model, request, made[n], alone[n]):
+            assert alike(samples[n], samples_alone[n]), f"sentence {n}"
+
+
+Made = tuple[np.ndarray, np.ndarray]  # tokens, and the state that made each
+
+
+def what_is_made(monkeypatch: pytest.MonkeyPatch, wanted: dict[int, Any]) -> dict[int, Made]:
+    """What a crowd makes of these requests, as it comes; of each the newest."""
     number_of = {request.ids.tobytes(): n for n, request in wanted.items()}
-    made: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # tokens, and the state that made each
+    made: dict[int, Made] = {}
     end = Driver._end
 
     def keep(self: Driver, slot: int, sentence: Any, count: int, *rest: Any) -> None:
@@ -119,23 +142,24 @@ def test_crowds_without_fixed_kernels_say_the_same_words(tts: SopranoTTS, monkey
         end(self, slot, sentence, count, *rest)
 
     monkeypatch.setattr(Driver, "_end", keep)
-    samples_alone = [tts.submit(text_of(n)).result(60) for n in wanted]
-    alone = dict(made)
-    samples = [speech.result(60) for speech in [tts.submit(text_of(n)) for n in range(200)]]
-    for n, request in wanted.items():
-        (tokens, states), (others, reference) = made[n], alone[n]
-        common = min(len(tokens), len(others))
-        different = np.flatnonzero(tokens[:common] != others[:common])
-        same = int(different[0]) if len(different) else common
-        kept = min(same + 1, common)
-        error = np.abs(states[:kept] - reference[:kept]).max() / np.sqrt((reference**2).mean())
-        assert error < STATE_ERROR, f"sentence {n}"
-        if same == common:
-            assert len(tokens) == len(others), f"sentence {n}"
-            assert alike(samples[n], samples_alone[n]), f"sentence {n}"
-        else:
-            assert same >= 1
-            assert lead(model, request, others[:same], reference[same], states[same]) < 1, f"sentence {n}, token {same}"
+    return made
+
+
+def says_the_same(model: Any, request: Any, made: Made, reference: Made) -> bool:
+    """Whether all tokens are the same; asserts that the first other one had no lead, and that states are close."""
+    (tokens, states), (others, others_states) = made, reference
+    common = min(len(tokens), len(others))
+    different = np.flatnonzero(tokens[:common] != others[:common])
+    same = int(different[0]) if len(different) else common
+    kept = min(same + 1, common)
+    error = np.abs(states[:kept] - others_states[:kept]).max() / np.sqrt((others_states**2).mean())
+    assert error < STATE_ERROR
+    if same == common:
+        assert len(tokens) == len(others)
+        return True
+    assert same >= 1
+    assert lead(model, request, others[:same], others_states[same], states[same]) < 1, f"token {same}"
+    return False
 
 
 def lead(model: Any, request: Any, before: np.ndarray, state: np.ndarray, other: np.ndarray) -> float:

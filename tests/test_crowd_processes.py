@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_line import heed_signals
 from simulated_device import audio_of, sentence
 
 from benchmarks.soak_memory import Traces
@@ -342,8 +343,9 @@ def test_whoever_asked_is_killed(how: signal.Signals) -> None:
     here = Path(__file__).parent
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join((str(here.parent), str(here)))}
     with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(FRONT)], env=paths, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as front:
+        [sys.executable, "-c", textwrap.dedent(FRONT)], env=paths, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        preexec_fn=heed_signals,
+    ) as front:  # fmt: skip
         assert front.stdout is not None
         pids = [int(word) for word in front.stdout.readline().split()]
         assert len(pids) == 2
