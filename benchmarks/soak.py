@@ -39,6 +39,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.common import machine_facts
 from benchmarks.soak_faults import DEVICE, INJECTED, VARIABLE, install, write_plan
 from benchmarks.soak_memory import Memory, Traces
 from benchmarks.soak_requests import DEADLINES, Asked, Tally, Wanted, draw
@@ -329,8 +330,8 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     say(f"{lasted:6.0f} s  {run.line()}  {memory.line()}")
     failures = {text: count for text, count in logged.counts.items() if "fail" in text or "process" in text}
     return {
-        "what": "soak", "line": run.line(), "devices": options.devices, "batch": options.batch,
-        "seconds": lasted, "ready_s": ready_s,
+        "what": "soak", **machine_facts(gpu=options.device != "cpu"), "line": run.line(),
+        "devices": options.devices, "batch": options.batch, "seconds": lasted, "ready_s": ready_s,
         "submitted": tally.submitted, "answered": tally.answered, "compared": tally.compared,
         "cancelled": tally.cancelled, "late": tally.late, "failed": tally.failed, "busy": tally.busy,
         "times_real_time": tally.sound_samples / SAMPLE_RATE_HZ / lasted, "step_failures_planned": planned,

@@ -61,7 +61,7 @@ def source(record: dict[str, Any], file: str) -> str:
     parts = [f"`benchmarks/results/{file}`", machine, record.get("date", "")[:10]]
     if record.get("commit"):
         parts.append(f"commit {record['commit'][:10]}")
-    if record.get("checks"):
+    if record.get("checks", "passed 0") != "passed 0":
         parts.append(f"checks {record['checks']}")
     if record.get("failed"):
         parts.append(f"without {', '.join(part.partition(':')[0] for part in record['failed'])}, which failed")

@@ -22,14 +22,12 @@ Measured = Mapping[tuple[int, bool], StepTimes]  # by (voices, whether their tok
 # prints these lines as they should stand.
 STEP_US: Mapping[tuple[int, int], Measured] = {
     (9, 0): {
-        (1, False): StepTimes(159.6, 114.1),
-        (2, False): StepTimes(168.7, 144.1),
-        (4, False): StepTimes(180.1, 171.4),
-        (8, False): StepTimes(224.0, 224.4),
-        (1, True): StepTimes(165.6, 127.7),
-        (2, True): StepTimes(175.1, 158.1),
-        (4, True): StepTimes(186.1, 186.1),
-        (8, True): StepTimes(229.9, 230.5),
+        (1, False): StepTimes(160.6, 117.7),
+        (2, False): StepTimes(169.5, 144.9),
+        (4, False): StepTimes(180.0, 174.5),
+        (1, True): StepTimes(166.0, 133.5),
+        (2, True): StepTimes(175.1, 160.7),
+        (4, True): StepTimes(185.6, 190.6),
     },
 }
 
