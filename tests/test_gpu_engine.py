@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numerics import relative_error
 from runners import load_language_model
+from speaking import check_threads
 from test_qwen3 import plain_forward
 
 from soprano_cupy import ParameterError, Qwen3, SopranoTTS
@@ -202,18 +202,4 @@ def test_streams_given_up_and_interleaved(folder: Path) -> None:
 
 
 def test_threads_share_a_model(folder: Path) -> None:
-    tts = SopranoTTS(folder, device="cuda")
-    expected = tts.infer(TEXT, temperature=0.7, seed=1)
-    results: list[np.ndarray | None] = [None] * 6
-
-    def speak(i: int) -> None:
-        results[i] = tts.infer(TEXT, temperature=0.7, seed=1)
-
-    threads = [threading.Thread(target=speak, args=(i,)) for i in range(len(results))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for audio in results:
-        assert audio is not None
-        np.testing.assert_array_equal(audio, expected)
+    check_threads(SopranoTTS(folder, device="cuda"), TEXT, temperature=0.7, seed=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from speaking import check_threads
 
 from soprano_cupy import DeviceError, Qwen3, SopranoTTS
 from soprano_cupy.device import to_host
@@ -328,20 +328,7 @@ def test_numbers_that_are_not_finite(folder: Path, monkeypatch: pytest.MonkeyPat
 
 def test_threads_take_turns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tts = voice(folder, monkeypatch, "1")
-    expected = tts.infer(TEXT, temperature=0.7, seed=1)
-    results: list[np.ndarray | None] = [None] * 6
-
-    def speak(i: int) -> None:
-        results[i] = tts.infer(TEXT, temperature=0.7, seed=1)
-
-    threads = [threading.Thread(target=speak, args=(i,)) for i in range(len(results))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for audio in results:
-        assert audio is not None
-        np.testing.assert_array_equal(audio, expected)
+    check_threads(tts, TEXT, temperature=0.7, seed=1)
 
 
 def test_a_stuck_voice_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
