@@ -9,6 +9,7 @@ slots are on their way. The checkpoint is a random one of Soprano-1.1-80M's shap
 
 several/in_process      one GPU in the benchmark's own process, seconds of sound in a second
 several/gpusN           N GPUs, a process for each; `of_n_times` is its share of N times several/gpus1
+several/gpusN/prepared  the same with texts that the front has prepared, under its own lock
 several/gpusN/front     microseconds of processor time that the front takes for one sentence, all threads together;
                         copying its samples is among them
 --share puts all processes on one GPU (or, with --device cpu, on the CPU): to try the program, not to measure.
@@ -32,13 +33,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import RESULTS, Row, machine_facts, write_results
 from benchmarks.random_text import sentences
 from soprano_cupy import SopranoTTS
-from soprano_cupy.config import SAMPLE_RATE_HZ
+from soprano_cupy.config import SAMPLE_RATE_HZ, ModelConfig
 from soprano_cupy.crowd.crowd import Crowd
 from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.plan import CrowdPlan, post
 from soprano_cupy.crowd.processes import ProcessCrowd
+from soprano_cupy.generation import Request
+from soprano_cupy.pipeline import max_text_length
 from soprano_cupy.sampling import SamplingParams
 from soprano_cupy.testing import SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER, TINY, make_checkpoint
+from soprano_cupy.text import build_prompts
+from soprano_cupy.tokenizer import Tokenizer
 
 TOKENS = (40, 200)  # of a sentence
 WISH = Wish(pcm=True)
@@ -116,14 +121,26 @@ def in_process(options: argparse.Namespace, folder: Path, tokens: tuple[int, int
     return found
 
 
-def in_processes(options: argparse.Namespace, folder: Path, tokens: tuple[int, int], gpus: int) -> tuple[float, float]:
-    """A process for each device."""
+def in_processes(
+    options: argparse.Namespace, folder: Path, tokens: tuple[int, int], gpus: int, *, prepared: bool = False
+) -> tuple[float, float]:
+    """A process for each device, which prepares texts itself unless they are `prepared` here."""
+    tokenizer, longest = Tokenizer.load(folder), max_text_length(folder, ModelConfig.from_folder(folder))
+
+    def requests(text: str, params: SamplingParams) -> list[Request]:
+        prompts = build_prompts(text, longest)
+        return [Request(ids, params, index) for index, ids in enumerate(tokenizer.encode_batch(prompts))]
+
     plan = CrowdPlan(folder, "auto", "auto", options.batch, None, 1 << 20, None, options.invariant)
     names = ["cpu" if options.device == "cpu" else f"cuda:{0 if options.share else i}" for i in range(gpus)]
     with ProcessCrowd([post(plan, name) for name in names], max_queue=1 << 20) as crowd:
         if len(crowd.devices) < gpus:
             raise SystemExit(f"only {len(crowd.devices)} of {gpus} processes could be started")
-        load = Load(lambda text, params: crowd.submit_text(text, params, WISH), gpus * (2 * options.batch + 8), tokens)
+
+        def submit(text: str, params: SamplingParams) -> Any:
+            return crowd.submit(requests(text, params), WISH) if prepared else crowd.submit_text(text, params, WISH)
+
+        load = Load(submit, gpus * (2 * options.batch + 8), tokens)
         found = load.measure(options.seconds)
         drain(crowd)
     return found
@@ -148,6 +165,8 @@ def measure(options: argparse.Namespace, folder: Path, save: Callable[[list[Row]
         peer = {} if alone is None else {"of_n_times": made / (gpus * alone)}
         add(Row(f"several/gpus{gpus}", made, "x real time", 1, peer=peer))
         add(Row(f"several/gpus{gpus}/front", front_us, "us", 1))
+        made, _ = in_processes(options, folder, tokens, gpus, prepared=True)
+        add(Row(f"several/gpus{gpus}/prepared", made, "x real time", 1))
 
 
 def main() -> int:

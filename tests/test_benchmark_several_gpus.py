@@ -17,7 +17,8 @@ def test_smoke(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = {row["case"]: row for row in json.loads(out.read_text())["rows"]}
     assert set(rows) == {
-        "several/in_process", "several/gpus1", "several/gpus1/front", "several/gpus2", "several/gpus2/front",
+        "several/in_process", "several/gpus1", "several/gpus1/front", "several/gpus1/prepared",
+        "several/gpus2", "several/gpus2/front", "several/gpus2/prepared",
     }  # fmt: skip
     assert all(row["value"] > 0 for row in rows.values())
     share = rows["several/gpus2"]["value"] / rows["several/gpus1"]["value"] / 2
