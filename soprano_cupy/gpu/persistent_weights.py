@@ -53,20 +53,18 @@ def pack_persistent(
         end += tiles * steps
     places["head"] = (*sizes["head"], 1)
     blocks = range(shape.blocks)
-    layer_orders = [_order(layer_products(shape, b // shape.ranks, b % shape.ranks), places, xp) for b in blocks]
-    head_orders = [_order(head_products(shape, b), places, xp) for b in blocks]
-    longest = max(
-        len(layers) * len(of_layer) + len(of_head) for of_layer, of_head in zip(layer_orders, head_orders, strict=True)
-    )
-    stream = xp.zeros((shape.blocks, longest, BLOCK_BYTES // 4), np.uint32)
+    layer_orders = [_order(layer_products(shape, b // shape.ranks, b % shape.ranks), places) for b in blocks]
+    head_orders = [_order(head_products(shape, b), places) for b in blocks]
+    of_layer, of_head = (np.array([len(order) for order in orders]) for orders in (layer_orders, head_orders))
+    longest = int((len(layers) * of_layer + of_head).max())
+    begins = np.arange(shape.blocks) * longest
+    stream = xp.zeros((shape.blocks * longest, BLOCK_BYTES // 4), np.uint32)
+    sources = xp.asarray(np.concatenate(layer_orders))  # a few operations for each layer, not for each of its blocks
     for index, layer in enumerate(layers):
-        whole = _with_zeros([getattr(layer, name) for name in MATRICES], xp)
-        for block, order in enumerate(layer_orders):
-            stream[block, index * len(order) : (index + 1) * len(order)] = whole[order]
-    whole = _with_zeros([head], xp)
-    for block, order in enumerate(head_orders):
-        begin = len(layers) * len(layer_orders[block])
-        stream[block, begin : begin + len(order)] = whole[order]
+        targets = xp.asarray(_runs(begins + index * of_layer, of_layer))
+        stream[targets] = _with_zeros([getattr(layer, name) for name in MATRICES], xp)[sources]
+    targets = xp.asarray(_runs(begins + len(layers) * of_layer, of_head))
+    stream[targets] = _with_zeros([head], xp)[xp.asarray(np.concatenate(head_orders))]
     norms = [norm for layer in layers for norm in (layer.input_norm, layer.post_attention_norm)]
     return PersistentWeights(
         stream=stream.view(np.uint8).reshape(shape.blocks, longest * BLOCK_BYTES),
@@ -89,11 +87,17 @@ def matrix_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
     return {name: (features // TILE, depth // TILE) for name, (features, depth) in packed.items()}
 
 
-def _order(products: Sequence[Product], places: dict[str, tuple[int, int, int]], xp: Any) -> Array:
+def _order(products: Sequence[Product], places: dict[str, tuple[int, int, int]]) -> np.ndarray:
     """Indices, into the matrices behind a block of zeros, of all blocks that a thread block reads."""
     orders = [block_order(product, *places[product.matrix]) for product in products]
     order = np.concatenate(orders) if orders else np.zeros(0, np.int64)
-    return xp.asarray(np.where(order == OUTSIDE, 0, order))
+    return np.where(order == OUTSIDE, 0, order)
+
+
+def _runs(begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """begins[0], begins[0] + 1, ... so many of each."""
+    ends = np.cumsum(lengths)
+    return np.repeat(begins - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
 def _with_zeros(matrices: Sequence[Array], xp: Any) -> Array:
