@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import argparse
 import gc
-import logging
 import random
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -37,7 +35,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import RESULTS, Row, machine_facts, write_results
+from benchmarks.common import Row
+from benchmarks.crowd_run import Save, run
 from benchmarks.crowd_waits import Waits
 from benchmarks.random_text import sentences
 from soprano_cupy import Busy, SopranoTTS
@@ -46,7 +45,6 @@ from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.speech import Speech
 from soprano_cupy.generation import Request
 from soprano_cupy.sampling import SamplingParams
-from soprano_cupy.testing import SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER, TINY, make_checkpoint
 
 LIMIT = 83_000.0  # times real time, of an H200: the arithmetic of both networks at the rates it reaches
 TOKENS = (40, 200)  # of a sentence
@@ -239,7 +237,7 @@ def live_rows(subject: Subject, streams: int, seconds: float) -> Iterator[Row]:
     yield Row(f"{case}/refused", 1e3 * refused / (len(listeners) + refused), "per mille", len(listeners) + refused)
 
 
-def measure(options: argparse.Namespace, folder: Path, save: Callable[[list[Row]], None]) -> None:
+def measure(options: argparse.Namespace, folder: Path, save: Save) -> None:
     """All rows; what there is is saved after each voice, whatever comes later."""
     rows: list[Row] = []
     tokens = (6, 20) if options.smoke else TOKENS
@@ -310,18 +308,7 @@ def main() -> int:
         options.device, options.batches, options.streams, options.live_batch = "cpu", [1, 4], [2], 4
         options.seconds = min(options.seconds, 0.4)
     sys.setswitchinterval(options.switch_us / 1e6)
-    logging.getLogger("soprano_cupy.crowd.driver").setLevel(logging.ERROR)  # sentences are held to lengths on purpose
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = options.model
-        if folder is None:
-            config, decoder = (TINY, None) if options.smoke else (SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER)
-            folder = make_checkpoint(scratch, seed=0, config=config, decoder=decoder, mean_tokens=None)
-        facts = machine_facts(gpu=options.device != "cpu")
-        label = facts["machine"] if options.device != "cpu" else "cpu"
-        limits = {"throughput_x": LIMIT} if options.device != "cpu" else {}
-        out = options.out or RESULTS / f"{label}-crowd.json"
-        measure(options, folder, lambda rows: write_results(out, "crowd", facts, limits, rows, 0))
-    return 0
+    return run(options, "crowd", {"throughput_x": LIMIT}, measure)
 
 
 if __name__ == "__main__":

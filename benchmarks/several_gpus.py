@@ -18,10 +18,8 @@ several/gpusN/front     microseconds of processor time that the front takes for 
 from __future__ import annotations
 
 import argparse
-import logging
 import random
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -30,24 +28,23 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import RESULTS, Row, machine_facts, write_results
+from benchmarks.common import Row
+from benchmarks.crowd_run import Save, run
 from benchmarks.random_text import sentences
 from soprano_cupy import SopranoTTS
 from soprano_cupy.config import SAMPLE_RATE_HZ, ModelConfig
-from soprano_cupy.crowd.crowd import Crowd
+from soprano_cupy.crowd.crowd import SWITCH_S, Crowd
 from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.plan import CrowdPlan, post
 from soprano_cupy.crowd.processes import ProcessCrowd
 from soprano_cupy.generation import Request
 from soprano_cupy.pipeline import max_text_length
 from soprano_cupy.sampling import SamplingParams
-from soprano_cupy.testing import SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER, TINY, make_checkpoint
 from soprano_cupy.text import build_prompts
 from soprano_cupy.tokenizer import Tokenizer
 
 TOKENS = (40, 200)  # of a sentence
 WISH = Wish(pcm=True)
-SWITCH_S = 1e-4
 
 
 class Load:
@@ -146,7 +143,7 @@ def in_processes(
     return found
 
 
-def measure(options: argparse.Namespace, folder: Path, save: Callable[[list[Row]], None]) -> None:
+def measure(options: argparse.Namespace, folder: Path, save: Save) -> None:
     tokens = (6, 20) if options.smoke else TOKENS
     rows: list[Row] = []
 
@@ -187,17 +184,7 @@ def main() -> int:
     if options.smoke:
         options.device, options.batch, options.seconds = "cpu", 4, min(options.seconds, 0.5)
     sys.setswitchinterval(SWITCH_S)
-    logging.getLogger("soprano_cupy.crowd.driver").setLevel(logging.ERROR)  # sentences are held to lengths on purpose
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = options.model
-        if folder is None:
-            config, decoder = (TINY, None) if options.smoke else (SOPRANO_1_1_80M, SOPRANO_1_1_80M_DECODER)
-            folder = make_checkpoint(scratch, seed=0, config=config, decoder=decoder, mean_tokens=None)
-        facts = machine_facts(gpu=options.device != "cpu")
-        label = facts["machine"] if options.device != "cpu" else "cpu"
-        out = options.out or RESULTS / f"{label}-several-gpus.json"
-        measure(options, folder, lambda rows: write_results(out, "several-gpus", facts, {}, rows, 0))
-    return 0
+    return run(options, "several-gpus", {}, measure)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from benchmarks.soak_requests import DEADLINES, Asked, Tally, Wanted, draw
 from soprano_cupy import Busy, SopranoError, SopranoTTS
 from soprano_cupy.config import SAMPLE_RATE_HZ
 from soprano_cupy.crowd import plan
+from soprano_cupy.crowd.crowd import SWITCH_S
 from soprano_cupy.crowd.speech import Speech
 from soprano_cupy.testing import SOPRANO_1_1_80M, TINY, make_checkpoint
 
@@ -365,7 +366,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    sys.setswitchinterval(5e-4)
+    sys.setswitchinterval(SWITCH_S)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.model
         if folder is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
 import sys
 import types
 from collections.abc import Iterable, Sequence
@@ -16,12 +15,13 @@ import numpy as np
 import pytest
 import vocos_standin
 from emulation import build
+from launches import at_sizes
 from linear_reference import NORM_SCALE
 from vocos_standin import DeviceArray, raw_view
 
 from soprano_cupy.cuda.module import DeviceFacts
 from soprano_cupy.gpu import crowd_steps, forward, program, qwen3, weights
-from soprano_cupy.gpu.launch import Blocks, Launch, Symbol
+from soprano_cupy.gpu.launch import Launch, Symbol
 from soprano_cupy.gpu.linear import TILE_FEATURES, End, LinearRequest
 
 FACTS = DeviceFacts(0, "stand-in", (8, 0), 4)
@@ -118,16 +118,10 @@ class Program:
                 assert 1 <= count <= step.most_rows
                 multiply(step, count)
                 continue
-            params = bytearray(step.params)
-            for field in step.fields:
-                struct.pack_into("<i", params, field.offset, symbols[field.symbol])
-            grid = [
-                s.repeat * -(-symbols[s.symbol] * s.times // s.of_each) if isinstance(s, Blocks) else s
-                for s in step.grid
-            ]
+            params, grid = at_sizes(step, symbols)
             assert step.cluster == 1
             build(step.source, dict(step.defines)).launch(
-                step.kernel, bytes(params), grid=grid, threads=step.threads, shared_bytes=step.shared_bytes
+                step.kernel, params, grid=grid, threads=step.threads, shared_bytes=step.shared_bytes
             )
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from emulation import Buffer, build, poisoned
+from launches import at_sizes
 
 from soprano_cupy.checkpoint import TensorFile
 from soprano_cupy.config import DecoderConfig
 from soprano_cupy.gpu import vocos_plan
-from soprano_cupy.gpu.launch import Blocks, Launch, Symbol
+from soprano_cupy.gpu.launch import Launch, Symbol
 from soprano_cupy.gpu.linear import End, LinearRequest
 from soprano_cupy.gpu.vocos_tables import (
     Piece,
@@ -120,18 +120,12 @@ class Machine:
                 self._launch(step, symbols, [*held, out])
 
     def _launch(self, step: Launch, symbols: dict[Symbol, int], extra: Sequence[np.ndarray]) -> None:
-        params = bytearray(step.params)
-        for field in step.fields:
-            struct.pack_into("<i", params, field.offset, symbols[field.symbol])
-        grid = [
-            size.repeat * -(-symbols[size.symbol] * size.times // size.of_each) if isinstance(size, Blocks) else size
-            for size in step.grid
-        ]
+        params, grid = at_sizes(step, symbols)
         buffers = [Buffer(array) for array in self.weights.values()]
         buffers += [Buffer(array, writable=True) for array in (*self.arrays.values(), *extra) if array.size]
         build(step.source, dict(step.defines)).launch(
             step.kernel,
-            bytes(params),
+            params,
             grid=grid,
             threads=step.threads,
             shared_bytes=step.shared_bytes,

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from .speech_api import SpeechServer
 
 DRAIN_SECONDS = 5.0
-SWITCH_SECONDS = 1e-4  # that a thread which answers a client may keep the one that speaks from working
 
 EPILOG = """\
 example:
@@ -43,8 +42,10 @@ def run(options: argparse.Namespace) -> int:
     """Serve until Ctrl-C or SIGTERM, which are the ordinary ends: exit code 0."""
     if not 0 <= options.port <= 65535:
         raise ParameterError(f"--port {options.port} must be from 0 to 65535")
+    from ..crowd.crowd import SWITCH_S
+
     tts = open_voice(options)
-    sys.setswitchinterval(SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_S)
     server = _listen(options.host, options.port, tts)
     try:
         host = f"[{options.host}]" if ":" in options.host else options.host

@@ -24,6 +24,7 @@ SOON_S = 30.0
 STALL_S = 120.0  # of one turn; compiling a kernel takes some of it
 WATCH_S = 0.5
 POLL_S = 0.002
+SWITCH_S = 1e-4  # for sys.setswitchinterval where other threads compute: how long they may keep a device's waiting
 
 
 class Crowd:
@@ -34,8 +35,7 @@ class Crowd:
     """
 
     def __init__(self, makers: Sequence[Maker], *, max_queue: int = 1024, stall_s: float = STALL_S) -> None:
-        if isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 1:
-            raise ParameterError(f"max_queue = {max_queue!r} must be a whole number of requests, 1 or more")
+        check_queue(max_queue)
         self.scheduler = Scheduler(max_queue)
         self._stall_s, self._closing = stall_s, threading.Lock()
         self._workers = [Worker(self, make, f"soprano-{i}") for i, make in enumerate(makers)]
@@ -63,10 +63,7 @@ class Crowd:
 
         submitted: what `time.monotonic()` was then, for deadlines; by default now.
         """
-        longest = max(len(request.ids) for request in requests)
-        most = min((device.most_prompt for device in self.devices), default=longest)
-        if longest > most:
-            raise ParameterError(f"a prompt has {longest} tokens; at most {most} fit: split the text")
+        check_lengths(requests, [device.most_prompt for device in self.devices])
         return self.scheduler.submit(requests, wish, time.monotonic() if submitted is None else submitted)
 
     def close(self, drain_s: float = 0.0) -> None:
@@ -215,6 +212,20 @@ class Worker(threading.Thread):
                 return
             deadline = scheduler.next_deadline()
             scheduler.changed.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+
+
+def check_queue(max_queue: int) -> None:
+    """`ParameterError` where it is no number of requests that may wait."""
+    if isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 1:
+        raise ParameterError(f"max_queue = {max_queue!r} must be a whole number of requests, 1 or more")
+
+
+def check_lengths(requests: Sequence[Request], most_prompts: Sequence[int]) -> None:
+    """`ParameterError` where a prompt is too long for any of the devices, which take so many tokens each."""
+    longest = max(len(request.ids) for request in requests)
+    most = min(most_prompts, default=longest)
+    if longest > most:
+        raise ParameterError(f"a prompt has {longest} tokens; at most {most} fit: split the text")
 
 
 def _bare(error: Exception) -> Exception:

@@ -26,7 +26,7 @@ from ..generation import Request
 from ..sampling import SamplingParams
 from ..text import build_prompts
 from . import processes_messages as say
-from .crowd import STALL_S
+from .crowd import STALL_S, check_lengths, check_queue
 from .job import Wish
 from .processes_ledger import Ledger
 from .processes_station import Post, Station
@@ -45,8 +45,7 @@ class ProcessCrowd:
     """
 
     def __init__(self, posts: Sequence[Post], *, max_queue: int = 1024, stall_s: float = STALL_S) -> None:
-        if isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 1:
-            raise ParameterError(f"max_queue = {max_queue!r} must be a whole number of requests, 1 or more")
+        check_queue(max_queue)
         self._stall_s, self._closing = stall_s, threading.Lock()
         ledger = self._ledger = Ledger(max_queue)
         self._stations = ledger.stations = [Station(ledger, post, index) for index, post in enumerate(posts)]
@@ -91,10 +90,7 @@ class ProcessCrowd:
 
     def submit(self, requests: Sequence[Request], wish: Wish) -> Speech:
         """Queue sentences that have been prepared; as `Crowd.submit`."""
-        longest = max(len(request.ids) for request in requests)
-        most = min((device.most_prompt for device in self.devices), default=longest)
-        if longest > most:
-            raise ParameterError(f"a prompt has {longest} tokens; at most {most} fit: split the text")
+        check_lengths(requests, [device.most_prompt for device in self.devices])
         return self._ledger.enter(list(requests), sum(len(request.ids) for request in requests), None, wish)
 
     def close(self, drain_s: float = 0.0) -> None:

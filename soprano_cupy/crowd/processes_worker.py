@@ -24,13 +24,12 @@ from ..errors import DeadlineExceeded, DeviceError
 from ..generation import Request
 from ..sampling import SamplingParams
 from . import processes_messages as say
-from .crowd import Crowd
+from .crowd import SWITCH_S, Crowd
 from .processes_channel import Channel
 from .processes_orders import Orders
 from .processes_relay import AudioChannel, Relay
 from .processes_ring import RingWriter
 
-SWITCH_S = 0.0001  # a crowd's thread and the preparing of texts take turns
 LOOK_S = 0.005  # from one look at what waits to the next
 LIFE_S = 5.0  # from one sign of life to the next
 END_S = 8.0  # that closing may take

@@ -80,8 +80,7 @@ class Batch:
         self.progress = np.frombuffer(self._progress_memory.view(), np.uint64)
         self.tokens = np.frombuffer(self._tokens_memory.view(), np.int32).reshape(sizes.slots, sizes.tokens)
         self.states: Array = self._arena["states"]
-        self._prompts = Activations(**{k: self._arena.pointer(f"prompt.{k}") for k in Activations.__dataclass_fields__})
-        self._steps = Activations(**{k: self._arena.pointer(f"step.{k}") for k in Activations.__dataclass_fields__})
+        self._prompts, self._steps = Activations.of(self._arena, "prompt."), Activations.of(self._arena, "step.")
         self._cache = Cache(self._arena.pointer("keys"), self._arena.pointer("values"), sizes.slots, sizes.capacity)
         self._programs: dict[tuple[Any, ...], Program] = {}
         self._graphs: dict[int, Graph] = {}

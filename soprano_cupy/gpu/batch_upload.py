@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -15,6 +15,35 @@ from .batch_sizes import BatchSizes, Specs
 from .slots import seen_masks
 
 
+def host_views(memory: MappedMemory, specs: Specs, offsets: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Arrays of these shapes and types, so many bytes from the memory's beginning."""
+    return {
+        name: np.frombuffer(memory.view(), np.dtype(dtype), math.prod(shape), offsets[name]).reshape(shape)
+        for name, (shape, dtype) in specs.items()
+    }
+
+
+def write_prompts(
+    tables: Mapping[str, np.ndarray], prompts: Sequence[np.ndarray], slots: np.ndarray, padded: Callable[[int], int]
+) -> tuple[int, int]:
+    """Where each prompt starts, and the tokens, slots and positions of their rows; how many rows there are, and end.
+
+    padded: from the prompts' rows to those that the program takes; those beyond are of no slot.
+    """
+    lengths = np.array([len(ids) for ids in prompts])
+    ends = np.cumsum(lengths)
+    rows = int(ends[-1])
+    end = padded(rows)
+    tables["starts"][0] = 0
+    tables["starts"][1 : len(prompts) + 1] = ends
+    tables["ids"][:rows] = np.concatenate(prompts)
+    tables["row_slots"][:rows] = np.repeat(slots, lengths)
+    tables["row_positions"][:rows] = np.arange(rows) - np.repeat(ends - lengths, lengths)
+    for name, nothing in (("ids", 0), ("row_slots", -1), ("row_positions", 0)):
+        tables[name][rows:end] = nothing
+    return rows, end
+
+
 class Upload:
     """The buffers of `upload_specs`, on the host, and their way to the arena, where they lie side by side."""
 
@@ -24,10 +53,7 @@ class Upload:
         ends = [arena.pointer(name) + arena[name].nbytes for name in names]
         self._memory = MappedMemory(ends[-1] - self._target)
         self._offsets = {name: arena.pointer(name) - self._target for name in names}
-        self._views: dict[str, np.ndarray] = {}
-        for name, (shape, dtype) in specs.items():
-            flat = np.frombuffer(self._memory.view(), np.dtype(dtype), math.prod(shape), self._offsets[name])
-            self._views[name] = flat.reshape(shape)
+        self._views = host_views(self._memory, specs, self._offsets)
 
     def slots(self, requests: Sequence[Request], sizes: BatchSizes, *, give_up: bool) -> None:
         """The sampling state of slot i for request i; rows 0..n-1 of the step are slots 0..n-1."""
@@ -41,17 +67,9 @@ class Upload:
 
     def prompts(self, prompts: Sequence[np.ndarray], first: int, padded_rows: int = 0) -> None:
         """Rows of the prompts of slots first, first + 1, ...; behind them, up to `padded_rows`, rows of no slot."""
-        lengths = np.array([len(ids) for ids in prompts])
-        rows, count, views = int(lengths.sum()), len(prompts), self._views
-        views["starts"][0] = 0
-        views["starts"][1 : count + 1] = np.cumsum(lengths)
-        views["lengths"][:count] = lengths
-        views["ids"][:rows] = np.concatenate(prompts)
-        views["row_slots"][:rows] = np.repeat(np.arange(first, first + count), lengths)
-        views["row_positions"][:rows] = np.arange(rows) - np.repeat(views["starts"][:count], lengths)
-        views["ids"][rows:padded_rows] = 0
-        views["row_slots"][rows:padded_rows] = -1
-        views["row_positions"][rows:padded_rows] = 0
+        count = len(prompts)
+        self._views["lengths"][:count] = [len(ids) for ids in prompts]
+        write_prompts(self._views, prompts, np.arange(first, first + count), lambda rows: max(rows, padded_rows))
 
     def rows(self, sources: np.ndarray, slots: np.ndarray) -> None:
         """Rows 0, 1, ... of the step are rows `sources` of before, with these slots; further rows have none."""

@@ -72,7 +72,9 @@ class CrowdSteps:
         self.progress = np.frombuffer(self._progress_memory.view(), np.uint64)
         self.tokens = np.frombuffer(self._tokens_memory.view(), np.int32).reshape(sizes.slots, sizes.tokens)
         self.states: Any = self._arena["states"]
-        self._prompt, self._step, self._entry = (self._activations(name) for name in ("prompt", "step", "entry"))
+        self._prompt, self._step, self._entry = (
+            Activations.of(self._arena, f"{name}.") for name in ("prompt", "step", "entry")
+        )
         self._cache = Cache(self._arena.pointer("keys"), self._arena.pointer("values"), sizes.slots, sizes.capacity)
         self._rows = Rows(sizes.slots)
         self._under_way: deque[Any] = deque()  # the end of each step
@@ -265,10 +267,6 @@ class CrowdSteps:
             states=pointer("states"), most_tokens=self.sizes.tokens, tokens=self._tokens_memory.device,
             progress=self._progress_memory.device,
         )  # fmt: skip
-
-    def _activations(self, name: str) -> Activations:
-        fields = Activations.__dataclass_fields__
-        return Activations(**{field: self._arena.pointer(f"{name}.{field}") for field in fields})
 
     def _workspace_bytes(self) -> int:
         buckets = [self._kernels_of] if self._kernels_of else buckets_up_to(self.sizes.slots)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from ..crowd.device import Entry
 from . import program
 from .arena import Arena
 from .batch_sizes import Specs
+from .batch_upload import host_views, write_prompts
 from .launch import Launch, Symbol
 from .slots import seen_masks, slot_state
 from .step_launch import block_for_each, dtype_define, ints, make_launch, param_struct
@@ -33,14 +33,8 @@ class Staging:
         self._offsets = {name: arena.pointer(name) - self._target for name in self._names}
         self._memories = [program.MappedMemory(end - self._target) for _ in range(TURNS)]
         self._sent = [program.Event() for _ in range(TURNS)]
-        self._views = [self._view(memory, specs) for memory in self._memories]
+        self._views = [host_views(memory, specs, self._offsets) for memory in self._memories]
         self._turn = 0
-
-    def _view(self, memory: Any, specs: Specs) -> dict[str, np.ndarray]:
-        return {
-            name: np.frombuffer(memory.view(), np.dtype(dtype), math.prod(shape), self._offsets[name]).reshape(shape)
-            for name, (shape, dtype) in specs.items()
-        }
 
     def begin(self) -> dict[str, np.ndarray]:
         """Tables to be written; those of some turns ago, which have been read by now."""
@@ -90,10 +84,7 @@ def write_entries(
     count = len(entries)
     prompts = [entry.request.ids for entry in entries]
     slots = np.array([entry.slot for entry in entries], np.int32)
-    lengths = np.array([len(ids) for ids in prompts])
-    ends = np.cumsum(lengths)
-    total = int(ends[-1])
-    end = padded(total)
+    total, end = write_prompts(tables, prompts, slots, padded)
     for i, entry in enumerate(entries):
         record = np.array(slot_state(entry.request, capacity, give_up=entry.give_up))
         record["limit"] = min(int(record["limit"]), tokens)
@@ -103,14 +94,7 @@ def write_entries(
     tables["entry_slots"][:count] = slots
     tables["target_rows"][:bucket] = 0
     tables["target_rows"][:count] = rows
-    tables["starts"][0] = 0
-    tables["starts"][1 : count + 1] = ends
     tables["starts"][count + 1 : bucket + 1] = total
-    tables["ids"][:total] = np.concatenate(prompts)
-    tables["row_slots"][:total] = np.repeat(slots, lengths)
-    tables["row_positions"][:total] = np.arange(total) - np.repeat(ends - lengths, lengths)
-    for name, nothing in (("ids", 0), ("row_slots", -1), ("row_positions", 0)):
-        tables[name][total:end] = nothing
     return {
         "staged_slots": count, "staged_seen": count, "entry_slots": bucket, "target_rows": bucket, "starts": bucket + 1,
         "ids": end, "row_slots": end, "row_positions": end,

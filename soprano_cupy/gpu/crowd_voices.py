@@ -18,7 +18,7 @@ from ..config import FRAMES_PER_TOKEN
 from ..crowd.buffers import Buffers
 from ..crowd.device import Audio, Order
 from . import program
-from .vocos_tables import ENDLESS, FIRST_HOP, PARTS, Piece, frames_of, group_pieces, margins
+from .vocos_tables import ENDLESS, FIRST_HOP, PARTS, Piece, frames_of, group_pieces, margins, piece_around
 
 if TYPE_CHECKING:
     from .vocos import GpuDecoder
@@ -85,20 +85,10 @@ def voice_pieces(
     first, end = FIRST_HOP + given, known + 1 if ends else known - margin
     most_hops = most_rows - 2 * margin - PARTS
     for hop in range(first, end, most_hops):
-        end_hop = min(hop + most_hops, end)
-        first_frame, end_frame = max(0, hop - PARTS + 1 - margin), min(known, end_hop + margin)
-        yield Piece(
-            states=states,
-            ring=ring,
-            frames=known if ends else ENDLESS,
-            first_frame=first_frame,
-            end_frame=end_frame,
-            first_token=first_frame // FRAMES_PER_TOKEN,
-            end_token=(end_frame + FRAMES_PER_TOKEN - 2) // FRAMES_PER_TOKEN + 1,
-            first_hop=hop,
-            end_hop=end_hop,
-            output=output + hop - first,
-        )
+        yield piece_around(
+            hop, min(hop + most_hops, end), states=states, ring=ring, known=known, frames=known if ends else ENDLESS,
+            output=output + hop - first, margin=margin,
+        )  # fmt: skip
 
 
 class VoiceDecoder:

@@ -219,7 +219,7 @@ class GpuLanguageModel(LanguageModelRunner):
             }
             for name, values in host.items():
                 arena[name].set(np.ascontiguousarray(values, np.int32))
-            activations = Activations(**{k: arena.pointer(k) for k in Activations.__dataclass_fields__})
+            activations = Activations.of(arena)
             tables = PromptTables(**{name: arena.pointer(name) for name in (*host, "queries")})
             sizes = PromptSizes(sequences, 0, int(counts.max()))
             launches = list(self._forward.prompt_layers(activations, cache.places, tables, RowRange(rows, rows), sizes))

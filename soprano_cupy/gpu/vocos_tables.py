@@ -85,20 +85,29 @@ def whole_pieces(states: int, tokens: int, output: int, margin: int, most_rows: 
     most_hops = frames if frames <= most_rows else most_rows - 2 * margin - PARTS
     for first_hop in range(FIRST_HOP, frames + 1, most_hops):
         end_hop = min(first_hop + most_hops, frames + 1)
-        first_frame = max(0, first_hop - PARTS + 1 - margin)
-        end_frame = min(frames, end_hop + margin)
-        yield Piece(
-            states=states,
-            ring=tokens,
-            frames=frames,
-            first_frame=first_frame,
-            end_frame=end_frame,
-            first_token=first_frame // FRAMES_PER_TOKEN,
-            end_token=(end_frame + FRAMES_PER_TOKEN - 2) // FRAMES_PER_TOKEN + 1,
-            first_hop=first_hop,
-            end_hop=end_hop,
-            output=output + first_hop - FIRST_HOP,
+        at = output + first_hop - FIRST_HOP
+        yield piece_around(
+            first_hop, end_hop, states=states, ring=tokens, known=frames, frames=frames, output=at, margin=margin
         )
+
+
+def piece_around(
+    first_hop: int, end_hop: int, *, states: int, ring: int, known: int, frames: int, output: int, margin: int
+) -> Piece:
+    """The piece that makes these hops, with the frames around them, of those `known`, that their results need."""
+    first_frame, end_frame = max(0, first_hop - PARTS + 1 - margin), min(known, end_hop + margin)
+    return Piece(
+        states=states,
+        ring=ring,
+        frames=frames,
+        first_frame=first_frame,
+        end_frame=end_frame,
+        first_token=first_frame // FRAMES_PER_TOKEN,
+        end_token=(end_frame + FRAMES_PER_TOKEN - 2) // FRAMES_PER_TOKEN + 1,
+        first_hop=first_hop,
+        end_hop=end_hop,
+        output=output,
+    )
 
 
 def group_pieces(pieces: Sequence[Piece], most_rows: int) -> list[list[Piece]]:
