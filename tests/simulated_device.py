@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from soprano_cupy.crowd.device import FAILED, RUNNING, STOP, STUCK, Audio, Entry, Order, Report
+from soprano_cupy.crowd.device import FAILED, NOT_WATCHED, RUNNING, STOP, STUCK, Audio, Entry, News, Order, Report
 from soprano_cupy.crowd.driver import Driver
 from soprano_cupy.crowd.scheduler import Scheduler
 from soprano_cupy.errors import DeviceError
@@ -82,7 +83,6 @@ class SimulatedDevice:
         self._steps: list[float] = []  # when those under way end
         self._decoder: list[tuple[float, list[tuple[Order, np.ndarray]]]] = []
         self._leaving: list[tuple[float, int]] = []
-        self._report = Report(np.zeros(slots, np.int64), np.zeros(slots, np.int64), np.zeros(slots, bool))
         self.asked = self.made_steps = self.most_used = 0
         self.removed_at: dict[tuple[int, int], int] = {}  # (job, sentence) -> steps asked for then
         self.closed = False
@@ -107,7 +107,6 @@ class SimulatedDevice:
             assert slot not in self._of, "a slot that is taken"
             assert slot not in [s for _, s in self._leaving], "a slot that is not free yet"
             self._of[slot] = _Slot(request, request.stream >> 32, give_up=give_up)
-            self._report.counts[slot], self._report.status[slot], self._report.stuck[slot] = 0, RUNNING, False
         self.most_used = max(self.most_used, self.used)
         entered = [self._of[entry.slot] for entry in entries]
         self._stream.append((self._end_of_stream() + STEP_S / 2, lambda: self._draw(entered)))
@@ -174,18 +173,23 @@ class SimulatedDevice:
         begin = max([self.clock.now, *(time for time, _ in self._decoder)])
         self._decoder.append((begin + STEP_S, work))
 
-    def report(self) -> Report:
+    def report(self, watched: array[int]) -> Report:
         now = self.clock.now
         self._catch_up()
-        for slot, held in self._of.items():
-            self._report.counts[slot], self._report.status[slot] = held.count, held.status
-            self._report.stuck[slot] = held.stuck
+        assert len(watched) == self.slots
+        news = []
+        for slot, due in enumerate(watched):
+            held = self._of.get(slot)
+            if held is None:
+                assert due == NOT_WATCHED, "a slot with nothing in it is waited for"
+            elif due != NOT_WATCHED and (held.count >= due or held.status != RUNNING):
+                news.append(News(slot, held.count, held.status, held.stuck))
         audio = []
         while self._decoder and self._decoder[0][0] <= now:
             audio += [Audio(order.slot, samples, order.ends) for order, samples in self._decoder.pop(0)[1]]
         left = [slot for time, slot in self._leaving if time <= now]
         self._leaving = [(time, slot) for time, slot in self._leaving if time > now]
-        return Report(self._report.counts, self._report.status, self._report.stuck, audio, left)
+        return Report(news, audio, left)
 
     def tokens(self, slot: int, count: int) -> np.ndarray:
         held = self._of[slot]

@@ -19,10 +19,10 @@ from soprano_cupy.sampling import SamplingParams
 class RealTime(SimulatedDevice):
     """Steps take no time by themselves; virtual time goes on with each turn."""
 
-    def report(self):  # type: ignore[no-untyped-def]
+    def report(self, watched):  # type: ignore[no-untyped-def]
         self.clock.now += 0.0005
         time.sleep(0.0001)
-        return super().report()
+        return super().report(watched)
 
 
 class Voice:

@@ -202,11 +202,11 @@ class Told(GpuDevice):
         self.streams = getattr(self, "streams", {}) | {entry.slot: entry.request.stream for entry in entries}
         super().admit(entries)
 
-    def report(self) -> Any:
-        report = super().report()
-        for slot, stream in getattr(self, "streams", {}).items():
-            if report.status[slot]:
-                self.tokens_of.setdefault(stream, self.tokens(slot, int(report.counts[slot])).tolist())
+    def report(self, watched: Any) -> Any:
+        report = super().report(watched)
+        for slot, count, status, _ in report.news:
+            if status:
+                self.tokens_of.setdefault(self.streams[slot], self.tokens(slot, count).tolist())
         return report
 
 

@@ -25,10 +25,10 @@ from soprano_cupy.crowd.speech import Speech
 class RealTime(SimulatedDevice):
     """Steps take no time by themselves; virtual time goes on with each turn."""
 
-    def report(self):  # type: ignore[no-untyped-def]
+    def report(self, watched):  # type: ignore[no-untyped-def]
         self.clock.now += 0.0005
         time.sleep(0.0001)
-        return super().report()
+        return super().report(watched)
 
 
 def maker(slots: int = 8, faults: Faults | None = None) -> Maker:

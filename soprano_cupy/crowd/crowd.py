@@ -222,10 +222,10 @@ def check_queue(max_queue: int) -> None:
 
 def check_lengths(requests: Sequence[Request], most_prompts: Sequence[int]) -> None:
     """`ParameterError` where a prompt is too long for any of the devices, which take so many tokens each."""
-    longest = max(len(request.ids) for request in requests)
-    most = min(most_prompts, default=longest)
-    if longest > most:
-        raise ParameterError(f"a prompt has {longest} tokens; at most {most} fit: split the text")
+    most = min(most_prompts, default=None)
+    for request in requests:
+        if most is not None and len(request.ids) > most:
+            raise ParameterError(f"a prompt has {len(request.ids)} tokens; at most {most} fit: split the text")
 
 
 def _bare(error: Exception) -> Exception:

@@ -7,6 +7,7 @@ what has happened is read from `report`, which may be a step late.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -17,6 +18,9 @@ from ..generation import Request
 
 # Of a slot, as `gpu/slots.py` has them.
 RUNNING, STOP, LENGTH, STUCK, FAILED = range(5)
+
+# Tokens of which a slot's driver wants to hear: none, however many there are; or none before the sequence's end.
+NOT_WATCHED, AT_ITS_END = (1 << 63) - 1, (1 << 63) - 2
 
 
 class Entry(NamedTuple):
@@ -44,13 +48,20 @@ class Audio(NamedTuple):
     ends: bool
 
 
+class News(NamedTuple):
+    """A slot that is as far as was waited for."""
+
+    slot: int
+    tokens: int  # drawn so far, the end token included
+    status: int  # RUNNING, STOP, LENGTH, STUCK or FAILED
+    stuck: bool  # the loop check has found the voice stuck
+
+
 @dataclass
 class Report:
-    """What has happened. The arrays have an element for each slot and may be written to by later reports."""
+    """What has happened."""
 
-    counts: np.ndarray  # integers: tokens drawn so far, the end token included
-    status: np.ndarray  # integers: RUNNING, STOP, LENGTH, STUCK or FAILED
-    stuck: np.ndarray  # bool: the loop check has found the voice stuck
+    news: list[News] = field(default_factory=list)  # by slot
     audio: list[Audio] = field(default_factory=list)  # answered since the last report
     left: list[int] = field(default_factory=list)  # removed slots that can be entered again: no audio comes from them
 
@@ -80,8 +91,12 @@ class Device(Protocol):
     def decode(self, orders: Sequence[Order]) -> None:
         """Begin to make audio."""
 
-    def report(self) -> Report:
-        """What has happened by now; does not wait."""
+    def report(self, watched: array[int]) -> Report:
+        """What has happened by now; does not wait.
+
+        watched: (slots,) of 64-bit integers; a slot is news where it has drawn so many tokens, or has ended and is not
+        `NOT_WATCHED`, in each report until that is changed.
+        """
 
     def tokens(self, slot: int, count: int) -> np.ndarray:
         """The first tokens of a slot, int32 (count,), of those reported."""

@@ -1,13 +1,14 @@
 """One device's slots, turn by turn: who enters, whose audio is due, who leaves.
 
 A slot is free; or generating; or ended and waiting for its audio; or leaving, until the device says that it is free
-again. What a turn does for all slots is done in arrays: Python sees a slot only when something happens in it.
+again. The device looks through all slots each turn; Python sees one only when something happens in it.
 """
 
 from __future__ import annotations
 
 import heapq
 import logging
+from array import array
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from ..errors import DeviceError
 from ..generation import retry
 from . import device as status_of
-from .device import Audio, Device, Entry, Order, Report
+from .device import AT_ITS_END, NOT_WATCHED, Audio, Device, Entry, News, Order
 from .job import TOKEN_S, Sentence
 from .scheduler import Scheduler
 
@@ -34,7 +35,6 @@ GATHER_PROMPT = 128  # or as many as one call reads, of so many tokens each
 GATHER_FROM = 32  # who generate; below, a decoder's call is as good as any
 GATHER_LIVE = 256  # who generate, for each step that newcomers and pieces wait where somebody listens
 GATHER_STEP_S = 0.01  # of a step; where one takes longer, nobody waits for several
-NEVER = np.iinfo(np.int64).max
 
 NOT_FINITE = "the language model made numbers that are not finite; the checkpoint may be damaged: download it again"
 
@@ -47,9 +47,9 @@ class Driver:
         self._scheduler = scheduler
         self._of: list[Sentence | None] = [None] * self.slots
         self._slot_of: dict[Sentence, int] = {}
-        self._generating = np.zeros(self.slots, bool)
-        self._due = np.full(self.slots, NEVER, np.int64)  # tokens at which a piece is due
-        self._ordered = np.zeros(self.slots, np.int64)  # states of the newest order that was given
+        self.generating = 0  # slots that draw tokens
+        self._due = array("q", [NOT_WATCHED]) * self.slots  # tokens at which a piece is due, of those that draw
+        self._ordered = [0] * self.slots  # states of the newest order that was given
         self._free = list(range(self.slots))  # a heap: the lowest first, so that few rows hold all
         self._orders: dict[int, tuple[float, Order]] = {}  # wanted, not given yet; with when they should be done
         self._listened: set[int] = set()  # slots among them whose audio is heard as it is made
@@ -61,26 +61,21 @@ class Driver:
         """One round of everything; whether something is going on."""
         self._remove(self._slot_of[s] for s in self._scheduler.dropped(self) if s in self._slot_of)
         self._admit(now)
-        if self._generating.any():
+        if self.generating:
             self.device.advance()
             if self._stepped is not None:
                 self._step_s += NEWEST_STEP * (now - self._stepped - self._step_s)
             self._stepped = now
         else:
             self._stepped = None
-        report = self.device.report()
+        report = self.device.report(self._due)
         for slot in report.left:
             heapq.heappush(self._free, slot)
         self._hear(report.audio, now)
-        self._look(report, now)
+        self._look(report.news, now)
         self._give_orders()
         self._scheduler.flush()
         return len(self._free) < self.slots
-
-    @property
-    def generating(self) -> int:
-        """Slots that draw tokens."""
-        return int(self._generating.sum())
 
     @property
     def free(self) -> int:
@@ -100,8 +95,8 @@ class Driver:
         for sentence in sentences:
             slot = heapq.heappop(self._free)
             self._of[slot], self._slot_of[sentence] = sentence, slot
-            self._generating[slot], self._ordered[slot] = True, 0
-            self._due[slot] = self._first_piece(sentence)
+            self._due[slot], self._ordered[slot] = self._first_piece(sentence), 0
+            self.generating += 1
             retries = sentence.job.wish.retries
             request = retry(sentence.request, sentence.attempt)
             entries.append(Entry(slot, request, sentence.attempt < retries))
@@ -117,18 +112,16 @@ class Driver:
     def _first_piece(self, sentence: Sentence) -> int:
         wish = sentence.job.wish
         if not wish.stream or wish.retries:
-            return int(NEVER)
+            return AT_ITS_END
         return FIRST_STATES if sentence.index == sentence.job.next else LATER_STATES
 
-    def _look(self, report: Report, now: float) -> None:
-        """Find the slots that have ended and those that have a piece to give."""
-        ended = self._generating & (report.status != status_of.RUNNING)
-        due = self._generating & (report.counts >= self._due)
-        for slot in np.flatnonzero(ended | due).tolist():
-            sentence, count = self._of[slot], int(report.counts[slot])
+    def _look(self, news: Sequence[News], now: float) -> None:
+        """Take care of the slots that have ended and of those that have a piece to give."""
+        for slot, count, status, stuck in news:
+            sentence = self._of[slot]
             assert sentence is not None
-            if ended[slot]:
-                self._end(slot, sentence, count, int(report.status[slot]), bool(report.stuck[slot]), now)
+            if status != status_of.RUNNING:
+                self._end(slot, sentence, count, status, stuck, now)
             elif self._goes_on_as_heard(slot, sentence, count):
                 self._due[slot] = count + self._next_piece(slot, sentence, count, now)
                 sentence.heard_tokens = self.device.tokens(slot, count)
@@ -137,7 +130,7 @@ class Driver:
     def _next_piece(self, slot: int, sentence: Sentence, count: int, now: float) -> int:
         """Tokens until a stream's next piece: twice as many, or so few that half of what there is to hear is left."""
         most = min(GROWTH * count, LONGEST_PIECE)
-        given = (count - int(self._ordered[slot])) * TOKEN_S
+        given = (count - self._ordered[slot]) * TOKEN_S
         if sentence.index != sentence.job.next or self._step_s <= 0:
             return most
         patience = (sentence.job.audio_ends() + given - now) / (2 * self._step_s)
@@ -145,7 +138,7 @@ class Driver:
 
     def _end(self, slot: int, sentence: Sentence, count: int, status: int, stuck: bool, now: float) -> None:
         """A slot draws no more tokens."""
-        self._generating[slot], self._due[slot] = False, NEVER
+        self._draws_no_more(slot)
         wish = sentence.job.wish
         if status == status_of.FAILED:
             self._remove([slot])
@@ -214,7 +207,7 @@ class Driver:
         if sum(order.states + PIECE_COST for _, order in wanted) > room:
             wanted = sorted(wanted)
         for _, order in wanted:
-            room -= order.states - int(self._ordered[order.slot]) + PIECE_COST
+            room -= order.states - self._ordered[order.slot] + PIECE_COST
             if chosen and room < 0:
                 break
             chosen.append(order)
@@ -233,11 +226,16 @@ class Driver:
             sentence, self._of[slot] = self._of[slot], None
             if sentence is not None:
                 del self._slot_of[sentence]
-            self._generating[slot], self._due[slot] = False, NEVER
+            self._draws_no_more(slot)
             self._orders.pop(slot, None)
             self._listened.discard(slot)
         if gone:
             self.device.remove(gone)
+
+    def _draws_no_more(self, slot: int) -> None:
+        if self._due[slot] != NOT_WATCHED:
+            self._due[slot] = NOT_WATCHED
+            self.generating -= 1
 
 
 def _warn(status: int, stuck: bool) -> None:

@@ -6,6 +6,7 @@ one call reads prompts and makes one token for everybody else. Everything happen
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from ..device import array_module, cuda_index, to_host
 from ..generation import LoopCheck, Request
 from ..runner import DecoderRunner, DecoderStream, KVCache, LanguageModelRunner
 from ..sampling import draw, greedy, penalise, uniform
-from .device import FAILED, LENGTH, RUNNING, STOP, STUCK, Audio, Entry, Order, Report
+from .device import FAILED, LENGTH, NOT_WATCHED, RUNNING, STOP, STUCK, Audio, Entry, News, Order, Report
 
 Array = Any
 
@@ -35,6 +36,8 @@ class _Sequence:
     give_up: bool
     tokens: list[int] = field(default_factory=list)
     states: list[Array] = field(default_factory=list)
+    status: int = RUNNING
+    stuck: bool = False
     check: LoopCheck = field(default_factory=LoopCheck)
     stream: DecoderStream | None = None
     pushed: int = 0  # states that the stream has
@@ -64,7 +67,7 @@ class RunnerDevice:
         self._of: dict[int, _Sequence] = {}
         self._seen = self._xp.zeros((slots, config.vocab_size), bool)
         self._last: Array = None  # (slots, hidden) the newest state of each row, from the first step on
-        self._report = Report(np.zeros(slots, np.int64), np.zeros(slots, np.int64), np.zeros(slots, bool))
+        self._report = Report()
 
     def admit(self, entries: Sequence[Entry]) -> None:
         for slot, request, give_up in entries:
@@ -74,7 +77,6 @@ class RunnerDevice:
             self._cache.lengths[row] = 0
             self._seen[row] = False
             self._seen[row, self._xp.asarray(request.ids)] = True
-            self._report.counts[slot], self._report.status[slot], self._report.stuck[slot] = 0, RUNNING, False
 
     def remove(self, slots: Sequence[int]) -> None:
         for slot in slots:
@@ -102,7 +104,7 @@ class RunnerDevice:
             distance = float(distances[row]) if sequence.tokens else None
             self._take(sequence, int(tokens[row]), states[row], distance, bool(finite[row]))
         for row in range(len(rows) - 1, -1, -1):
-            if self._report.status[rows[row].slot] != RUNNING:
+            if rows[row].status != RUNNING:
                 self._retire(row)
 
     def decode_room(self) -> int:
@@ -117,9 +119,12 @@ class RunnerDevice:
             if order not in whole:
                 self._answer(order, self._piece(order))
 
-    def report(self) -> Report:
-        report = self._report
-        self._report = Report(report.counts, report.status, report.stuck)
+    def report(self, watched: array[int]) -> Report:
+        report, self._report = self._report, Report()
+        for slot, sequence in sorted(self._of.items()):
+            count, ended = len(sequence.tokens), sequence.status != RUNNING
+            if watched[slot] != NOT_WATCHED and (ended or count >= watched[slot]):
+                report.news.append(News(slot, count, sequence.status, sequence.stuck))
         return report
 
     def tokens(self, slot: int, count: int) -> np.ndarray:
@@ -149,7 +154,7 @@ class RunnerDevice:
         """What one step made for one sequence."""
         sequence.tokens.append(token)
         sequence.states.append(state)
-        slot, request, count = sequence.slot, sequence.request, len(sequence.tokens)
+        request, count = sequence.request, len(sequence.tokens)
         status = RUNNING
         if not finite:
             status = FAILED
@@ -158,10 +163,10 @@ class RunnerDevice:
         elif count >= request.params.max_new_tokens or len(request.ids) + count > self._cache.capacity:
             status = LENGTH
         if status in (RUNNING, LENGTH) and distance is not None and sequence.check.update(distance):
-            self._report.stuck[slot] = True
+            sequence.stuck = True
             if sequence.give_up and status == RUNNING:
                 status = STUCK
-        self._report.counts[slot], self._report.status[slot] = count, status
+        sequence.status = status
 
     def _retire(self, row: int) -> None:
         """A row's sequence runs no more; the last row takes its place."""

@@ -27,7 +27,8 @@ class Speech(Future[np.ndarray]):
         self._chunks: list[np.ndarray] = []
         self._samples = 0  # in all chunks
         self._whole: np.ndarray | None = None  # once somebody wanted it
-        self._more = threading.Condition()
+        self._lock = threading.RLock()
+        self._more: threading.Condition | None = None  # of that lock, once somebody waits for chunks
         self._listeners: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
         self._over = False
         self._fate: str | None = None  # "cancelled" or "settled", whichever comes first
@@ -38,7 +39,7 @@ class Speech(Future[np.ndarray]):
     def result(self, timeout: float | None = None) -> np.ndarray:
         """All samples. `TimeoutError` after `timeout` seconds; `CancelledError`; or why it could not be spoken."""
         super().result(timeout)
-        with self._more:
+        with self._lock:
             if self._whole is None:
                 joined = len(self._chunks) == 1
                 self._whole = self._chunks[0] if joined else np.concatenate([np.empty(0, self._dtype), *self._chunks])
@@ -71,8 +72,9 @@ class Speech(Future[np.ndarray]):
     def __iter__(self) -> Iterator[np.ndarray]:
         taken = 0
         while True:
-            with self._more:
+            with self._lock:
                 while not self._over and self._samples == taken:
+                    self._more = self._more or threading.Condition(self._lock)
                     self._more.wait()
                 ready = self._from(taken)
             if not ready:
@@ -86,13 +88,13 @@ class Speech(Future[np.ndarray]):
         import asyncio
 
         listener = asyncio.get_running_loop(), asyncio.Event()
-        with self._more:
+        with self._lock:
             self._listeners.add(listener)
         try:
             taken = 0
             while True:
                 listener[1].clear()
-                with self._more:
+                with self._lock:
                     ready, over = self._from(taken), self._over
                 for chunk in ready:
                     taken += len(chunk)
@@ -102,7 +104,7 @@ class Speech(Future[np.ndarray]):
                         break
                     await listener[1].wait()
         finally:
-            with self._more:
+            with self._lock:
                 self._listeners.discard(listener)
         super().result()
 
@@ -119,11 +121,10 @@ class Speech(Future[np.ndarray]):
 
     def add_chunk(self, samples: np.ndarray) -> None:
         """Further samples, at least one."""
-        with self._more:
+        with self._lock:
             self._chunks.append(samples)
             self._samples += len(samples)
-            self._more.notify_all()
-            listeners = list(self._listeners) if self._listeners else ()
+            listeners = self._woken()
         self._tell(listeners)
 
     def settle(self, error: BaseException | None) -> None:
@@ -138,25 +139,30 @@ class Speech(Future[np.ndarray]):
 
     def _decide(self, fate: str) -> bool:
         """Whether this is the first end that comes."""
-        with self._more:
+        with self._lock:
             first = self._fate is None
             if first:
                 self._fate = fate
         return first
 
     def _end(self) -> None:
-        with self._more:
+        with self._lock:
             self._over = True
-            self._more.notify_all()
-            listeners = list(self._listeners) if self._listeners else ()
+            listeners = self._woken()
         self._tell(listeners)
+
+    def _woken(self) -> Sequence[tuple[asyncio.AbstractEventLoop, asyncio.Event]]:
+        """Wake the threads that wait for chunks; who is to be told besides, once the lock is given back."""
+        if self._more is not None:
+            self._more.notify_all()
+        return list(self._listeners) if self._listeners else ()
 
     def _tell(self, listeners: Sequence[tuple[asyncio.AbstractEventLoop, asyncio.Event]]) -> None:
         for loop, event in listeners:
             try:
                 loop.call_soon_threadsafe(event.set)
             except RuntimeError:  # the loop has been closed
-                with self._more:
+                with self._lock:
                     self._listeners.discard((loop, event))
 
 

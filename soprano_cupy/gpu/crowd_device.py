@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from ..crowd.device import Entry, Order, Report
+from ..crowd.device import NOT_WATCHED, Entry, News, Order, Report
 from ..errors import DeviceError
 from . import slots as words
 from .crowd_sizes import DEFAULT_SLOTS, CrowdSizes, crowd_bytes, slots_that_fit
@@ -107,8 +108,7 @@ class GpuDevice:
     def decode(self, orders: Sequence[Order]) -> None:
         self._voices.order(orders)
 
-    def report(self) -> Report:
-        word = self._steps.progress.copy()
+    def report(self, watched: array[int]) -> Report:
         audio = self._voices.answers()
         left: list[int] = []
         staying: list[tuple[int, Any]] = []
@@ -118,10 +118,7 @@ class GpuDevice:
             else:
                 staying.append((slot, event))
         self._leaving = staying
-        return Report(
-            words.progress_count(word), words.progress_status(word), words.progress_stuck(word), audio,
-            left,
-        )  # fmt: skip
+        return Report(_news(self._steps.progress, watched), audio, left)
 
     def tokens(self, slot: int, count: int) -> np.ndarray:
         return np.array(self._steps.tokens[slot, :count])
@@ -145,3 +142,18 @@ class GpuDevice:
             import cupy
 
             cupy.get_default_memory_pool().free_all_blocks()
+
+
+def _news(progress: np.ndarray, watched: array[int]) -> list[News]:
+    """The watched slots that are as far as that, by their words."""
+    word, due = progress.copy(), np.frombuffer(watched, np.int64)
+    ended = (words.progress_status(word) != words.RUNNING) & (due != NOT_WATCHED)
+    return [
+        News(
+            slot,
+            words.progress_count(int(word[slot])),
+            words.progress_status(int(word[slot])),
+            words.progress_stuck(int(word[slot])),
+        )
+        for slot in np.flatnonzero(ended | (words.progress_count(word) >= due)).tolist()
+    ]

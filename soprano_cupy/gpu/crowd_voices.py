@@ -7,9 +7,11 @@ pieces of a whole voice that is too long for one launch do, so that joined they 
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -73,6 +75,43 @@ class _Block:
         return audio
 
 
+class _Cutters:
+    """Threads that cut blocks, from the first one on. To give them work takes less than it does with an executor."""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[tuple[Future[list[Audio]], _Block, list[_Part]] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    def cut(self, block: _Block, parts: list[_Part]) -> Future[list[Audio]]:
+        """`block.cut(parts)`, soon."""
+        if not self._threads:
+            self._start()
+        cut: Future[list[Audio]] = Future()
+        self._work.put((cut, block, parts))
+        return cut
+
+    def close(self) -> None:
+        """End the threads, once all is cut."""
+        for _ in self._threads:
+            self._work.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _start(self) -> None:
+        for i in range(CUTTERS):
+            thread = threading.Thread(target=self._cut_for_ever, name=f"soprano-samples-{i}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _cut_for_ever(self) -> None:
+        while (work := self._work.get()) is not None:
+            cut, block, parts = work
+            try:
+                cut.set_result(block.cut(parts))
+            except BaseException as error:
+                cut.set_exception(error)
+
+
 def voice_pieces(
     states: int, ring: int, count: int, *, ends: bool, given: int, output: int, margin: int, most_rows: int
 ) -> Iterator[Piece]:
@@ -113,7 +152,7 @@ class VoiceDecoder:
         hops = max(self._slices.rows, FRAMES_PER_TOKEN * self._tokens) + PARTS
         self._buffers = [cupy.empty(hops * self._hop_bytes, np.uint8) for _ in range(CALLS)]
         self._blocks = [_Block(hops * self._hop_bytes) for _ in range(BLOCKS)]
-        self._cutter = ThreadPoolExecutor(CUTTERS, "soprano-samples")
+        self._cutters = _Cutters()
         self._cutting: deque[tuple[Future[list[Audio]], _Block]] = deque()
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._copies = cupy.cuda.Stream(non_blocking=True)
@@ -201,7 +240,7 @@ class VoiceDecoder:
             later = [part for part in parts if part.order.ends and part.nbytes > CUT_BYTES]
             audio += block.cut([part for part in parts if not part.order.ends or part.nbytes <= CUT_BYTES])
             if later:
-                self._cutting.append((self._cutter.submit(block.cut, later), block))
+                self._cutting.append((self._cutters.cut(block, later), block))
             else:
                 self._blocks.append(block)
         while self._cutting and self._cutting[0][0].done():
@@ -221,6 +260,6 @@ class VoiceDecoder:
 
     def close(self) -> None:
         """Wait for everything, and end the threads."""
-        self._cutter.shutdown()
+        self._cutters.close()
         self._stream.synchronize()
         self._copies.synchronize()
