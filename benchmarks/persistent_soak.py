@@ -1,13 +1,19 @@
 """Random prompts through the persistent kernel for as long as is asked: nothing may hang, fail or come out differently.
 
-    python benchmarks/persistent_soak.py [--seconds 3600] [--threads N] [--side-by-side N] [--processes N]
-                                         [--voices 1,2,4,8] [--model FOLDER] [--out FILE]
+    python benchmarks/persistent_soak.py [--seconds 3600] [--threads N] [--side-by-side N] [--processes N] [--gpus 0,1]
+                                         [--voices 1,2,4,8] [--model FOLDER] [--seed N] [--add FILE ...] [--out FILE]
 
 Each worker asks for random prompts, greedy and drawn, of random length; some a second time, whose tokens and states
 must be the first time's bits; some by the graph path too, whose tokens must be the same up to where its two best scores
 are closer than the two paths' logits; and gives some up half-way. --threads: workers of one model, which take turns on
 its kernel. --side-by-side: models, whose kernels run at the same time where the GPU holds them all. --processes: copies
-of all that, in processes of their own. Exit code 1 on any hang, mismatch, error or fallback to graphs.
+of all that, in processes of their own. --gpus: as many such processes on each of these GPUs, all at the same time.
+Exit code 1 on any hang, mismatch, error or fallback to graphs.
+
+`kernel_seconds` tells how long kernels were asked for prompts: from when the workers began until those of a model had
+ended, summed over models, processes and GPUs; what is checked by graphs meanwhile is among it. --add: results of
+earlier runs, whose counts and seconds are added; `runs` lists them all. Where no seed is given each run has its own,
+so that runs add up to different prompts. --out is written every minute and at the end: `complete` tells which.
 """
 
 from __future__ import annotations
@@ -16,12 +22,13 @@ import argparse
 import json
 import logging
 import os
-import subprocess
+import random
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -31,9 +38,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import REPOSITORY, machine_facts
+from benchmarks.common import machine_facts
+from benchmarks.persistent_soak_parts import COUNTED, PROBLEMS, Found, Report, Save, in_processes, read_earlier
 from soprano_cupy import Qwen3
+from soprano_cupy.audio import check_writable
 from soprano_cupy.device import to_host
+from soprano_cupy.errors import OutputError
 from soprano_cupy.generation import Generation, Request, begin, generate
 from soprano_cupy.sampling import SamplingParams, penalise
 from soprano_cupy.testing import SOPRANO_1_1_80M, make_checkpoint
@@ -41,8 +51,8 @@ from soprano_cupy.testing import SOPRANO_1_1_80M, make_checkpoint
 HANG_S = 20.0  # a request of at most 8 x 512 tokens takes a fifth of a second
 REMEMBERED = 20_000  # first occurrences
 AGAIN, BY_GRAPHS, GIVEN_UP = 0.25, 0.02, 0.08  # shares of the requests
-PROBLEMS = ("hangs", "mismatches", "errors", "fallbacks")
-COUNTED = ("prompts", "tokens", "repeats", "checked against graphs", "given up", *PROBLEMS)
+PROGRESS_S = 60.0
+PROGRAM = Path(__file__).resolve()
 
 
 @dataclass
@@ -81,6 +91,7 @@ class Worker:
         self.name, self.model, self.graphs, self.voices, self.tally = name, model, graphs, voices, tally
         self.rng = np.random.default_rng(seed)
         self.keys: list[tuple[int, ...]] = []
+        self.ended: float | None = None
 
     def run(self, until: float) -> None:
         while time.monotonic() < until and self.model.runner.persistent.failure is None:
@@ -93,6 +104,7 @@ class Worker:
                 if getattr(error, "sticky", False):
                     break
         self.tally.since.pop(self.name, None)
+        self.ended = time.monotonic()
         if self.model.runner.persistent.failure is not None:
             self.tally.count("fallbacks", complaint=f"{self.name}: {self.model.runner.persistent.failure}")
 
@@ -169,21 +181,21 @@ def difference(graphs: Qwen3, request: Request, got: Generation, expected: Gener
     return "" if best[1] - best[0] <= 4 * between else f"token {same} differs, {best[1] - best[0]:.3g} ahead"
 
 
-def soak(options: argparse.Namespace) -> dict[str, Any]:
-    """One process' part."""
+def soak(options: argparse.Namespace, save: Save) -> Found:
+    """One process' part; what there is is saved every minute."""
+    parent = os.getppid()
     tally = Tally()
     models, graphs = load(options)
     voices = [n for n in options.voices if models[0].runner.persistent.problem(n, drawn=False) is None]
     if not voices:
         raise SystemExit(f"nothing to soak: {models[0].runner.persistent.describe()[0]}")
-    until = time.monotonic() + options.seconds
+    begun = told = time.monotonic()
     workers = [
         Worker(f"model {m} thread {t}", options.seed + 1000 * m + t, model, graphs, voices, tally)
         for m, model in enumerate(models)
         for t in range(options.threads)
     ]
-    threads = [threading.Thread(target=worker.run, args=(until,), daemon=True) for worker in workers]
-    begun = told = time.monotonic()
+    threads = [threading.Thread(target=worker.run, args=(begun + options.seconds,), daemon=True) for worker in workers]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
@@ -193,10 +205,27 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
         if hung:
             tally.count("hangs", len(hung), complaint="; ".join(hung))
             break
-        if now - told > 60:
+        if now - told > PROGRESS_S:
             told = now
-            logging.info("%.0f s: %s", now - begun, dict(tally.counts))
-    return {"seconds": round(time.monotonic() - begun, 1), "voices": voices} | tally.as_json()
+            logging.info("%s: %.0f s, %s", options.part or f"GPU {options.gpus[0]}", now - begun, dict(tally.counts))
+            save({"complete": False, **told_so_far(workers, begun, voices, tally)})
+        if options.part and os.getppid() != parent:
+            raise SystemExit(f"{options.part}: nobody is left who would take the result")
+    return {"complete": True, **told_so_far(workers, begun, voices, tally)}
+
+
+def told_so_far(workers: Sequence[Worker], begun: float, voices: list[int], tally: Tally) -> Found:
+    now = time.monotonic()
+    seconds = {"seconds": round(now - begun, 1), "kernel_seconds": round(kernel_seconds(workers, begun, now), 1)}
+    return seconds | {"voices": voices} | tally.as_json()
+
+
+def kernel_seconds(workers: Sequence[Worker], begun: float, now: float) -> float:
+    """How long the models' kernels have been asked for prompts, in sum: each until its last worker ended."""
+    last: dict[int, float] = {}
+    for worker in workers:
+        last[id(worker.model)] = max(last.get(id(worker.model), begun), now if worker.ended is None else worker.ended)
+    return sum(ended - begun for ended in last.values())
 
 
 def load(options: argparse.Namespace) -> tuple[list[Qwen3], Qwen3]:
@@ -212,64 +241,76 @@ def load(options: argparse.Namespace) -> tuple[list[Qwen3], Qwen3]:
     return models, graphs
 
 
-def in_processes(options: argparse.Namespace) -> dict[str, Any]:
-    """All processes' counts together."""
+def soak_in_processes(options: argparse.Namespace, save: Save) -> Found:
+    """The same by processes on all GPUs."""
     arguments = ["--seconds", options.seconds, "--threads", options.threads, "--side-by-side", options.side_by_side]
     arguments += ["--voices", ",".join(map(str, options.voices))]
-    arguments += ["--model", options.model] if options.model else []
-    total: Counter[str] = Counter()
-    complaints: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        outs = [Path(folder, f"{i}.json") for i in range(options.processes)]
-        running = [
-            subprocess.Popen(
-                [sys.executable, __file__, *map(str, arguments), "--seed", str(options.seed + 10**6 * i), "--out", out],
-                cwd=REPOSITORY,
-            )
-            for i, out in enumerate(outs)
-        ]
-        for process, out in zip(running, outs, strict=True):
-            process.wait()
-            if not out.exists():
-                total["errors"] += 1
-                complaints.append(f"a process ended with code {process.returncode}")
-                continue
-            found = json.loads(out.read_text(encoding="utf-8"))
-            total.update({name: found[name] for name in COUNTED})
-            complaints += found["complaints"]
-    return (
-        {"seconds": options.seconds, "voices": options.voices}
-        | {n: total[n] for n in COUNTED}
-        | {"complaints": complaints}
+    if options.model:
+        arguments += ["--model", Path(options.model).absolute() if Path(options.model).exists() else options.model]
+    return in_processes(
+        PROGRAM, list(map(str, arguments)), options.gpus, options.processes, options.seed, options.seconds, save
     )
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[Found]]:
+    """What is asked for, and the earlier results that are to be added."""
+
+    def numbers(least: int) -> Any:
+        def read(text: str) -> list[int]:
+            found = [whole(least)(word) for word in text.split(",")]
+            if len(set(found)) < len(found):
+                raise argparse.ArgumentTypeError(f"{text!r} names one twice")
+            return found
+
+        return read
+
+    def whole(least: int) -> Any:
+        def read(text: str) -> int:
+            if not (text.isascii() and text.isdigit()) or int(text) < least:
+                raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+            return int(text)
+
+        return read
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=3600)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--side-by-side", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--voices", type=lambda text: [int(n) for n in text.split(",")], default=[1])
+    parser.add_argument("--threads", type=whole(1), default=1)
+    parser.add_argument("--side-by-side", type=whole(1), default=1)
+    parser.add_argument("--processes", type=whole(1), default=1, help="on each GPU")
+    parser.add_argument("--gpus", type=numbers(0), default=[0])
+    parser.add_argument("--voices", type=numbers(1), default=[1])
     parser.add_argument("--model", help="a checkpoint folder instead of a random one of the 80M shape")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=random.SystemRandom().getrandbits(40))
+    parser.add_argument("--add", type=Path, action="extend", nargs="+", default=[], metavar="FILE")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # the name of this process, where it is one of several
+    options = parser.parse_args(argv)
+    try:
+        if options.out is not None:
+            check_writable(options.out)
+        return options, read_earlier(options.add)
+    except (OutputError, ValueError) as error:
+        parser.error(str(error))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options, earlier = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("soprano_cupy").setLevel(logging.WARNING)
-    found = soak(options) if options.processes == 1 else in_processes(options)
-    asked = {name: getattr(options, name) for name in ("threads", "side_by_side", "processes")}
-    report = {"what": "persistent_soak", **machine_facts(gpu=True), **asked, **found}
-    text = json.dumps(report, indent=1)
-    sys.stdout.write(f"{text}\n")
+    names = ("threads", "side_by_side", "processes", "gpus", "seed")
+    asked = {name: getattr(options, name) for name in names}
+    report = Report({**machine_facts(gpu=True), **asked}, earlier, options.out)
+    alone = options.processes == 1 and options.gpus == [0]
+    found = (soak if alone else soak_in_processes)(options, report.save_partial)
+    result = report.of(found)
+    sys.stdout.write(f"{json.dumps(result, indent=1)}\n")
     sys.stdout.flush()
-    if options.out:
-        options.out.write_text(f"{text}\n", encoding="utf-8")
-    bad = sum(found[name] for name in PROBLEMS)
-    if found["hangs"]:
+    report.save(found)
+    good = found["complete"] and found["prompts"] and not any(result[name] for name in PROBLEMS)
+    if alone and found["hangs"]:
         os._exit(1)  # what hangs would keep the process
-    sys.exit(1 if bad or not found["prompts"] else 0)
+    return 0 if good else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
