@@ -22,11 +22,10 @@ import argparse
 import gc
 import random
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +35,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Row
+from benchmarks.crowd_load import Load, drain, speeds
 from benchmarks.crowd_run import Save, run
 from benchmarks.crowd_waits import Waits
 from benchmarks.random_text import sentences
@@ -79,7 +79,7 @@ class Subject:
     def request(self, text: str) -> list[Request]:
         """A text's sentences, each as long as the same draw says."""
         tokens, seed = self._random.randint(*self._tokens), self._random.getrandbits(32)
-        return self.tts._requests(text, SamplingParams(temperature=0.3, seed=seed, max_new_tokens=tokens))
+        return self.tts._reader.read(text, SamplingParams(temperature=0.3, seed=seed, max_new_tokens=tokens))
 
     def memory(self) -> int:
         return sum(int(getattr(device, "nbytes", 0)) for device in self.crowd().devices)
@@ -96,49 +96,16 @@ def throughput(
 ) -> list[float]:
     """Seconds of sound in a second of a full house, from the middle of many sentences, some times in a row."""
     crowd, wish = subject.crowd(), Wish(pcm=True)
-    texts = iter(lambda: subject._random.choice(subject.texts), None)
-    ready = None if text_in else [subject.request(next(texts)) for _ in range(min(2048, 4 * batch))]
-    samples, lock = [0], threading.Lock()
-    waiting = threading.Semaphore(2 * batch + 8)  # enough that slots never wait for a sentence
-
-    def ended(speech: Any) -> None:
-        count = len(speech.result())
-        with lock:
-            samples[0] += count
-        waiting.release()
-
-    stop = threading.Event()
+    wanted = iter(lambda: subject.request(subject._random.choice(subject.texts)), None)
+    if not text_in:
+        wanted = cycle([next(wanted) for _ in range(min(2048, 4 * batch))])
     settle()
-
-    def feed() -> None:
-        index = 0
-        while not stop.is_set():
-            waiting.acquire()
-            wanted = subject.request(next(texts)) if ready is None else ready[index % len(ready)]
-            index += 1
-            crowd.submit(wanted, wish).add_done_callback(ended)
-
-    feeder = threading.Thread(target=feed)
-    feeder.start()
-    time.sleep(max(seconds / 2, 0.3))
-    marks = []
-    with subject.waits(waits or Waits()):
-        for _ in range(REPEATS + 1):
-            with lock:
-                marks.append((time.perf_counter(), samples[0]))
-            if len(marks) <= REPEATS:
-                time.sleep(seconds)
-    stop.set()
-    waiting.release()
-    feeder.join()
+    with Load(lambda: crowd.submit(next(wanted), wish), 2 * batch + 8) as load:  # so that slots never wait for one
+        time.sleep(max(seconds / 2, 0.3))
+        with subject.waits(waits or Waits()):
+            marks = load.marks(seconds, REPEATS)
     drain(crowd)
-    return [(n - m) / SAMPLE_RATE_HZ / (end - begin) for (begin, m), (end, n) in pairwise(marks)]
-
-
-def drain(crowd: Any) -> None:
-    """Wait until nothing is left to do."""
-    while crowd.scheduler.unfinished:
-        time.sleep(0.005)
+    return speeds(marks)
 
 
 class Listener:

@@ -27,8 +27,8 @@ from .engine import Engine, Timings
 from .errors import CheckpointError, Closed, ParameterError, TextError
 from .generation import Request
 from .qwen3 import Qwen3
+from .reader import Reader
 from .sampling import SamplingParams
-from .text import build_prompts
 from .text.sentences import MAX_LENGTH
 from .tokenizer import Tokenizer
 from .vocos import VocosDecoder
@@ -96,21 +96,21 @@ class SopranoTTS:
         self.model = resolve_model(model if model is not None else model_path)
         logger.info("model %s: %s", self.model.name, self.model.reason)
         folder = self.model.folder
-        self._tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder)
         kept_in = settings.dtype(dtype)
         attending = settings.attention(attention)
         self._crowd_plan = CrowdPlan(
             folder, kept_in, attending, max_batch, max_memory, max_queue, devices, bool(invariant)
         )
         language_model, decoder = load_models(folder, self.device, kept_in, attending)
-        self._tokenizer.check(language_model.config.vocab_size)
+        tokenizer.check(language_model.config.vocab_size)
         if decoder.config.input_size != language_model.config.hidden_size:
             raise CheckpointError(
                 f"{folder}: the decoder reads states of {decoder.config.input_size} values and the language model "
                 f"makes {language_model.config.hidden_size}; the two files belong to different checkpoints"
             )
         self.engine = Engine(language_model.runner, decoder.runner)
-        self._max_text_length = max_text_length(folder, language_model.config)
+        self._reader = Reader(tokenizer, max_text_length(folder, language_model.config))
         self.timings = Timings()
         self._crowd: Crowd | ProcessCrowd | None = None
         self._crowd_lock, self._closed = threading.Lock(), False
@@ -187,7 +187,7 @@ class SopranoTTS:
             raise ParameterError(f"chunk_size = {chunk_size!r} must be a whole number of tokens, 1 or more")
         begin = time.perf_counter()
         params = SamplingParams(temperature, top_p, repetition_penalty, seed=seed).seeded()
-        requests = self._requests(text, params)
+        requests = self._reader.read(text, params)
         timings = Timings(text_s=time.perf_counter() - begin)
         return self._stream(requests, int(chunk_size) * TOKEN_SAMPLES, _check_retries(retries), timings, begin)
 
@@ -216,7 +216,7 @@ class SopranoTTS:
         wish = Wish(bool(stream), _is_pcm(dtype), _check_retries(retries), _check_deadline(deadline_s))
         crowd = self._opened()
         if isinstance(crowd, Crowd):
-            return crowd.submit(self._requests(text, params), wish)
+            return crowd.submit(self._reader.read(text, params), wish)
         return crowd.submit_text(text, params, wish)  # which prepares it where it is spoken
 
     def close(self, drain_s: float = 0.0) -> None:
@@ -239,7 +239,7 @@ class SopranoTTS:
             if self._closed:
                 raise Closed("the voice has been closed; make another one")
             if self._crowd is None:
-                self._crowd = open_crowd(self._crowd_plan, self.engine, self._max_text_length)
+                self._crowd = open_crowd(self._crowd_plan, self.engine, self._reader.max_length)
                 weakref.finalize(self, self._crowd.close)
             return self._crowd
 
@@ -264,24 +264,16 @@ class SopranoTTS:
         retries = _check_retries(retries)
         begin = time.perf_counter()
         params = params.seeded()
-        per_text = []
-        for index, text in enumerate(texts):
-            try:
-                per_text.append(self._requests(text, params))
-            except TextError as error:
-                raise TextError(f"texts[{index}]: {error}" if len(texts) > 1 else str(error)) from None
+        per_text: list[list[Request]] = []
+        for index, read in enumerate(self._reader.read_many(texts, [params] * len(texts))):
+            if isinstance(read, TextError):
+                raise TextError(f"texts[{index}]: {read}" if len(texts) > 1 else str(read))
+            if isinstance(read, Exception):
+                raise read
+            per_text.append(read)
         self.timings = timings = Timings(text_s=time.perf_counter() - begin)
         audio = iter(self.engine.speak([r for requests in per_text for r in requests], retries, timings))
         return _joined([[next(audio) for _ in requests] for requests in per_text])
-
-    def _requests(self, text: Any, params: SamplingParams) -> list[Request]:
-        """One request for each sentence; sentence i draws from random stream i."""
-        if not isinstance(text, str):
-            raise ParameterError(f"text must be a string, not {type(text).__name__}")
-        prompts = build_prompts(text, self._max_text_length)
-        if not prompts:
-            raise TextError(f"nothing to speak in {text!r:.60}; give at least one word or number")
-        return [Request(ids, params, index) for index, ids in enumerate(self._tokenizer.encode_batch(prompts))]
 
 
 def _joined(texts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:

@@ -36,7 +36,16 @@ class Voice:
         faults = Faults(steps=steps, poisoned={7: 99})
         self.crowd = Crowd([lambda: RealTime(slots, Clock(), faults)])
 
-    def prepare(self, text: str, params: SamplingParams) -> list[Request]:
+    def prepare(self, texts: list[str], params: list[SamplingParams]) -> list[list[Request] | Exception]:
+        prepared: list[list[Request] | Exception] = []
+        for text in texts:
+            try:
+                prepared.append(self._prepare(text))
+            except Exception as error:
+                prepared.append(error)
+        return prepared
+
+    def _prepare(self, text: str) -> list[Request]:
         if text == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         if text == "stop":

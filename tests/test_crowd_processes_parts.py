@@ -107,14 +107,18 @@ def test_messages_come_in_order_whatever_their_size() -> None:
 def test_streams_come_first_but_not_for_ever() -> None:
     orders: Orders[int] = Orders()
     for number in range(20):
-        orders.put(number, urgent=number >= 10)
-    found = [orders.get() for _ in range(20)]
-    assert found == [10, 11, 12, 13, 0, 14, 15, 16, 17, 1, 18, 19, 2, 3, 4, 5, 6, 7, 8, 9]
-    waiting = threading.Thread(target=lambda: found.append(orders.get()))
+        orders.put(number, 1, urgent=number >= 10)
+    found = [orders.take(room) for room in (3, 0, 4, 1, 100)]
+    assert found == [[10, 11, 12], [13], [0, 14, 15, 16], [17], [1, 18, 19, 2, 3, 4, 5, 6, 7, 8, 9]]
+    waiting = threading.Thread(target=lambda: found.append(orders.take(5)))
     waiting.start()
-    orders.put(20, urgent=False)
+    orders.put(20, 100, urgent=False)
     waiting.join(5)
-    assert found[-1] == 20
+    assert found[-1] == [20]
+    for number, size in ((21, 3), (22, 2), (23, 1)):
+        orders.put(number, size, urgent=False)
+    assert orders.take(5) == [21, 22], "as many as there is room for, in their order"
+    assert orders.take(5) == [23]
 
 
 def test_samples_wait_for_room(ends: tuple[RingWriter, RingReader]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..device import to_host
 from ..errors import SopranoError
+from ..sampling import SamplingParams
 
 if TYPE_CHECKING:
     from ..pipeline import SopranoTTS
@@ -57,10 +58,9 @@ def least_cosine(tts: SopranoTTS, text: str) -> float:
     from ..attention import AttentionChoice, standard_attention
     from ..checkpoint import open_language_model
     from ..portable.qwen3 import PortableLanguageModel
-    from ..text import build_prompts
 
     runner = tts.engine.language_model
-    ids = tts._tokenizer.encode(build_prompts(text)[0])
+    ids = tts._reader.read(text, SamplingParams())[0].ids
     choice = AttentionChoice("standard", "as the reference", standard_attention)
     with open_language_model(tts.model.folder) as file:
         plain = PortableLanguageModel(file, runner.config, tts.device, "float32", choice, "reference")

@@ -16,22 +16,29 @@ class Orders(Generic[Item]):
 
     def __init__(self) -> None:
         self._some = threading.Condition()
-        self._urgent: deque[Item] = deque()
-        self._others: deque[Item] = deque()
+        self._urgent: deque[tuple[Item, int]] = deque()
+        self._others: deque[tuple[Item, int]] = deque()
         self._run = 0  # urgent ones in a row
 
-    def put(self, item: Item, *, urgent: bool) -> None:
+    def put(self, item: Item, size: int, *, urgent: bool) -> None:
         with self._some:
-            (self._urgent if urgent else self._others).append(item)
+            (self._urgent if urgent else self._others).append((item, size))
             self._some.notify()
 
-    def get(self) -> Item:
-        """The next one, once there is one."""
+    def take(self, room: int) -> list[Item]:
+        """The next ones, once there is one, as many as have a size of up to `room` together; at least one."""
+        taken: list[Item] = []
         with self._some:
             while not self._urgent and not self._others:
                 self._some.wait()
-            if self._urgent and (self._run < URGENT_RUN or not self._others):
-                self._run += 1
-                return self._urgent.popleft()
-            self._run = 0
-            return self._others.popleft()
+            while self._urgent or self._others:
+                urgent = bool(self._urgent) and (self._run < URGENT_RUN or not self._others)
+                queue = self._urgent if urgent else self._others
+                item, size = queue[0]
+                room -= size
+                if taken and room < 0:
+                    break
+                queue.popleft()
+                taken.append(item)
+                self._run = self._run + 1 if urgent else 0
+        return taken

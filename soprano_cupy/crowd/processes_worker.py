@@ -33,7 +33,9 @@ from .processes_ring import RingWriter
 LOOK_S = 0.005  # from one look at what waits to the next
 LIFE_S = 5.0  # from one sign of life to the next
 END_S = 8.0  # that closing may take
+EACH = 50  # characters that take as long as what a text costs beside its own
 LONG = 4000  # characters of a text that others do not wait for
+TOGETHER = 2000  # characters of texts prepared at a time: the interpreter's lock is given away once for all
 
 
 class Voice(Protocol):
@@ -41,8 +43,8 @@ class Voice(Protocol):
 
     crowd: Crowd
 
-    def prepare(self, text: str, params: SamplingParams) -> list[Request]:
-        """A text's sentences, as the crowd takes them."""
+    def prepare(self, texts: list[str], params: list[SamplingParams]) -> list[list[Request] | Exception]:
+        """Each text's sentences, as the crowd takes them, or what is wrong with it."""
 
 
 class SopranoVoice:
@@ -54,8 +56,8 @@ class SopranoVoice:
         tts = SopranoTTS(**options)
         crowd = tts._opened()
         assert isinstance(crowd, Crowd)
-        self.crowd = crowd
-        self.prepare = tts._requests
+        self.crowd, self._keep = crowd, tts  # which closes the crowd when it goes
+        self.prepare = tts._reader.read_many
 
 
 class Service:
@@ -88,12 +90,10 @@ class Service:
         self._prepare_for_ever(voice, 0)
 
     def _prepare_for_ever(self, voice: Voice, which: int) -> None:
-        orders = self._orders[which]
         while True:
-            relay = orders.get()
-            if not relay.cancelled:
-                self._submit(voice, relay)
-            self._prepared[which] += 1
+            relays = self._orders[which].take(TOGETHER)
+            self._prepare(voice, [relay for relay in relays if not relay.cancelled])
+            self._prepared[which] += len(relays)
 
     def _open(self, setup: say.Setup) -> Voice:
         _log_to(self._channel, setup.log_level)
@@ -106,14 +106,27 @@ class Service:
         self._channel.post(say.Ready(device.name, device.slots, device.most_prompt, nbytes, os.getpid()))
         return voice
 
-    def _submit(self, voice: Voice, relay: Relay) -> None:
+    def _prepare(self, voice: Voice, relays: list[Relay]) -> None:
+        """Submit these requests; their texts are prepared together."""
+        texts = [relay for relay in relays if isinstance(relay.wanted.what, str) and not _late(relay)]
+        try:
+            prepared = voice.prepare(
+                [str(relay.wanted.what) for relay in texts],
+                [relay.wanted.params or SamplingParams() for relay in texts],
+            )
+        except Exception as error:
+            prepared = [error] * len(texts)
+        of_text = dict(zip(texts, prepared, strict=True))
+        for relay in relays:
+            self._submit(voice, relay, of_text.get(relay, relay.wanted.what))
+
+    def _submit(self, voice: Voice, relay: Relay, requests: Any) -> None:
         wanted = relay.wanted
         try:
-            deadline_s = wanted.wish.deadline_s
-            if deadline_s is not None and time.monotonic() > wanted.submitted + deadline_s:
-                raise DeadlineExceeded(f"not spoken within {deadline_s:g} s (deadline)")
-            what = wanted.what
-            requests = what if isinstance(what, list) else voice.prepare(what, wanted.params or SamplingParams())
+            if _late(relay):
+                raise DeadlineExceeded(f"not spoken within {wanted.wish.deadline_s:g} s (deadline)")
+            if isinstance(requests, Exception):
+                raise requests
             with self._entry:
                 self._entering = relay
                 voice.crowd.submit(requests, wanted.wish, wanted.submitted)
@@ -144,8 +157,8 @@ class Service:
         if isinstance(message, say.Speak):
             relay = self._relays[message.number] = Relay(self._channel, message, self._over)
             self._received += 1
-            long = isinstance(message.what, str) and len(message.what) > LONG
-            self._orders[long].put(relay, urgent=message.wish.stream)
+            size = len(message.what) if isinstance(message.what, str) else 0
+            self._orders[size > LONG].put(relay, EACH + size, urgent=message.wish.stream)
         elif isinstance(message, say.Freed):
             self._channel.freed(message.place)
         elif isinstance(message, say.Cancel):
@@ -189,6 +202,11 @@ class Service:
             with contextlib.suppress(Exception):
                 self._crowd.close()
         os._exit(0)
+
+
+def _late(relay: Relay) -> bool:
+    deadline_s = relay.wanted.wish.deadline_s
+    return deadline_s is not None and time.monotonic() > relay.wanted.submitted + deadline_s
 
 
 class _LogHandler(logging.Handler):
