@@ -35,7 +35,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Row
 from benchmarks.crowd_load import Load, drain, host_us, speeds
-from benchmarks.crowd_run import Save, run
+from benchmarks.crowd_run import HUSHED, Save, run
 from benchmarks.random_text import sentences
 from soprano_cupy import SopranoTTS
 from soprano_cupy.config import ModelConfig
@@ -52,10 +52,9 @@ from soprano_cupy.crowd.crowd import SWITCH_S
 from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.plan import CrowdPlan, only_this, post
 from soprano_cupy.crowd.processes import ProcessCrowd
-from soprano_cupy.generation import Request
 from soprano_cupy.pipeline import max_text_length
+from soprano_cupy.reader import Reader
 from soprano_cupy.sampling import SamplingParams
-from soprano_cupy.text import build_prompts
 from soprano_cupy.tokenizer import Tokenizer
 
 TOKENS = (40, 200)  # of a sentence
@@ -129,20 +128,15 @@ def in_processes(
     options: argparse.Namespace, folder: Path, gpus: int, *, prepared: bool = False, wait: Wait = lambda: None
 ) -> Measured:
     """A process for each device, which prepares texts itself unless they are `prepared` here."""
-    tokenizer, longest = Tokenizer.load(folder), max_text_length(folder, ModelConfig.from_folder(folder))
-
-    def requests(text: str, params: SamplingParams) -> list[Request]:
-        prompts = build_prompts(text, longest)
-        return [Request(ids, params, index) for index, ids in enumerate(tokenizer.encode_batch(prompts))]
-
+    reader = Reader(Tokenizer.load(folder), max_text_length(folder, ModelConfig.from_folder(folder)))
     plan = CrowdPlan(folder, "auto", "auto", options.batch, None, 1 << 20, None, options.invariant)
-    posts = [post(plan, device_name(options, index)) for index in range(gpus)]
+    posts = [replace(post(plan, device_name(options, index)), opener=HUSHED) for index in range(gpus)]
     with ProcessCrowd(posts, max_queue=1 << 20) as crowd:
         if len(crowd.devices) < gpus:
             raise SystemExit(f"only {len(crowd.devices)} of {gpus} processes could be started")
 
         def submit(text: str, params: SamplingParams) -> Any:
-            return crowd.submit(requests(text, params), WISH) if prepared else crowd.submit_text(text, params, WISH)
+            return crowd.submit(reader.read(text, params), WISH) if prepared else crowd.submit_text(text, params, WISH)
 
         return under_load(crowd, submit, gpus * (2 * options.batch + 8), options, wait)
 
