@@ -49,12 +49,11 @@ from soprano_cupy.gpu.crowd_sizes import (
     staged_specs,
 )
 from soprano_cupy.gpu.crowd_upload import plan_enter
-from soprano_cupy.gpu.crowd_voices import voice_pieces
 from soprano_cupy.gpu.forward import RowRange
 from soprano_cupy.gpu.launch import Launch
 from soprano_cupy.gpu.qwen3 import GpuLanguageModel
 from soprano_cupy.gpu.vocos import GpuDecoder
-from soprano_cupy.gpu.vocos_tables import frames_of, whole_pieces
+from soprano_cupy.gpu.vocos_tables import frames_of, voice_pieces, whole_pieces
 from soprano_cupy.portable.vocos import PortableDecoder
 from soprano_cupy.sampling import SamplingParams
 from soprano_cupy.testing import SOPRANO_1_1_80M, TINY, make_checkpoint

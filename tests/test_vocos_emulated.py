@@ -106,7 +106,7 @@ def test_streams_side_by_side(folders: Path) -> None:
         output = 0
         for i, voice in enumerate(voices):
             if voice.done.tokens < len(voice.states) and (turn + i) % 3:
-                taken.append(dataclasses.replace(voice.take(1 + (turn + i) % 2), output=output))
+                taken.append(voice.take(1 + (turn + i) % 2, output))
                 output += taken[-1].hops
                 owners.append(i)
         if taken:

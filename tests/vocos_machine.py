@@ -16,11 +16,12 @@ from soprano_cupy.gpu import vocos_plan
 from soprano_cupy.gpu.launch import Launch, Symbol
 from soprano_cupy.gpu.linear import End, LinearRequest
 from soprano_cupy.gpu.vocos_tables import (
+    TABLES,
     Piece,
     Progress,
-    build_tables,
     group_pieces,
     margins,
+    slice_tables,
     stream_piece,
     whole_pieces,
 )
@@ -96,23 +97,13 @@ class Machine:
         out: np.ndarray,
         hops_of_a_block: int,
     ) -> None:
-        tables = build_tables(pieces, hops_of_a_block)
-        for name, table in (
-            ("segments", tables.segments),
-            ("tokens", tables.tokens),
-            ("rows", tables.rows),
-            ("spans", tables.spans),
-        ):
-            target = self.arrays[name]
-            target[...] = 255
-            target.reshape(-1)[: table.nbytes] = np.ascontiguousarray(table).reshape(-1).view(np.uint8)
+        memory = {name: self.arrays[name] for name in TABLES}
+        for table in memory.values():
+            table.view(np.uint8)[...] = 255
         address = out.ctypes.data
-        self.arrays["output"][:] = (0, address) if out.dtype == np.int16 else (address, 0)
-        symbols = {
-            Symbol.ROWS: len(tables.rows),
-            Symbol.SEQUENCES: len(tables.tokens),
-            Symbol.LONGEST: len(tables.spans),
-        }
+        kind = "pcm" if out.dtype == np.int16 else "samples"
+        rows, tokens, spans = slice_tables(memory).write(pieces, hops_of_a_block, **{kind: address})
+        symbols = {Symbol.ROWS: rows, Symbol.SEQUENCES: tokens, Symbol.LONGEST: spans}
         for step in steps:
             if isinstance(step, LinearRequest):
                 self._multiply(step, symbols)
@@ -162,7 +153,7 @@ class StreamedVoice:
         self.done, self.turn = Progress(), 0
         self.pieces: list[np.ndarray] = []
 
-    def take(self, tokens: int) -> Piece:
+    def take(self, tokens: int, output: int = 0) -> Piece:
         """The piece of the next `tokens` states, or of the end where there are none left behind them."""
         end = min(self.done.tokens + tokens, len(self.states))
         for token in range(self.done.tokens, end):
@@ -176,7 +167,7 @@ class StreamedVoice:
             tokens=end,
             ends=end == len(self.states),
             lag=self.machine.lag,
-            output=0,
+            output=output,
         )
         self.turn ^= 1
         self.done = Progress(end, self.done.hops + piece.hops)

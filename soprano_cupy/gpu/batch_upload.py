@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from ..generation import Request
-from . import step
 from ._driver import MappedMemory, copy
+from ._tables import write_prompts, write_seen_masks, write_slot_states
 from .arena import Arena
 from .batch_sizes import BatchSizes, Specs
-from .slots import seen_masks
 
 
 def host_views(memory: MappedMemory, specs: Specs, offsets: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -21,27 +20,6 @@ def host_views(memory: MappedMemory, specs: Specs, offsets: Mapping[str, int]) -
         name: np.frombuffer(memory.view(), np.dtype(dtype), math.prod(shape), offsets[name]).reshape(shape)
         for name, (shape, dtype) in specs.items()
     }
-
-
-def write_prompts(
-    tables: Mapping[str, np.ndarray], prompts: Sequence[np.ndarray], slots: np.ndarray, padded: Callable[[int], int]
-) -> tuple[int, int]:
-    """Where each prompt starts, and the tokens, slots and positions of their rows; how many rows there are, and end.
-
-    padded: from the prompts' rows to those that the program takes; those beyond are of no slot.
-    """
-    lengths = np.array([len(ids) for ids in prompts])
-    ends = np.cumsum(lengths)
-    rows = int(ends[-1])
-    end = padded(rows)
-    tables["starts"][0] = 0
-    tables["starts"][1 : len(prompts) + 1] = ends
-    tables["ids"][:rows] = np.concatenate(prompts)
-    tables["row_slots"][:rows] = np.repeat(slots, lengths)
-    tables["row_positions"][:rows] = np.arange(rows) - np.repeat(ends - lengths, lengths)
-    for name, nothing in (("ids", 0), ("row_slots", -1), ("row_positions", 0)):
-        tables[name][rows:end] = nothing
-    return rows, end
 
 
 class Upload:
@@ -57,11 +35,9 @@ class Upload:
 
     def slots(self, requests: Sequence[Request], sizes: BatchSizes, *, give_up: bool) -> None:
         """The sampling state of slot i for request i; rows 0..n-1 of the step are slots 0..n-1."""
-        view, seen = self._views["slots"], self._views["seen"]
         count = len(requests)
-        for i, request in enumerate(requests):
-            view[i] = step.slot_state(request, sizes.capacity, give_up=give_up)
-        seen[:count] = seen_masks([request.ids for request in requests], seen.shape[1])
+        write_slot_states(self._views["slots"], requests, [give_up] * count, sizes.capacity)
+        write_seen_masks(self._views["seen"], [request.ids for request in requests])
         self._views["slot_of_row"][:] = -1
         self._views["slot_of_row"][:count] = np.arange(count)
 
@@ -69,7 +45,7 @@ class Upload:
         """Rows of the prompts of slots first, first + 1, ...; behind them, up to `padded_rows`, rows of no slot."""
         count = len(prompts)
         self._views["lengths"][:count] = [len(ids) for ids in prompts]
-        write_prompts(self._views, prompts, np.arange(first, first + count), lambda rows: max(rows, padded_rows))
+        write_prompts(self._views, prompts, range(first, first + count), lambda rows: max(rows, padded_rows))
 
     def rows(self, sources: np.ndarray, slots: np.ndarray) -> None:
         """Rows 0, 1, ... of the step are rows `sources` of before, with these slots; further rows have none."""

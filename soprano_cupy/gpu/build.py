@@ -1,4 +1,4 @@
-"""The extension module of the GPU engine, for `setup.py`; imports nothing but setuptools. It needs no CUDA."""
+"""The extension modules of the GPU engine, for `setup.py`; imports nothing but setuptools. They need no CUDA."""
 
 from __future__ import annotations
 
@@ -22,5 +22,10 @@ def gpu_extensions() -> list[Extension]:
             extra_compile_args=["-O2", "-g0", "-std=gnu11", "-fvisibility=hidden", "-pthread"],
             extra_link_args=["-pthread"],
             libraries=["dl"],
-        )
+        ),
+        Extension(
+            "soprano_cupy.gpu._tables",
+            [str(FOLDER / "_tables.pyx")],
+            extra_compile_args=["-O2", "-g0", "-std=gnu11", "-fvisibility=hidden"],
+        ),
     ]

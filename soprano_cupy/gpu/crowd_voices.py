@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +20,7 @@ from ..config import FRAMES_PER_TOKEN
 from ..crowd.buffers import Buffers
 from ..crowd.device import Audio, Order
 from . import program
-from .vocos_tables import ENDLESS, FIRST_HOP, PARTS, Piece, frames_of, group_pieces, margins, piece_around
+from .vocos_tables import PARTS, Piece, group_pieces, margins, voice_pieces
 
 if TYPE_CHECKING:
     from .vocos import GpuDecoder
@@ -112,24 +112,6 @@ class _Cutters:
                 cut.set_exception(error)
 
 
-def voice_pieces(
-    states: int, ring: int, count: int, *, ends: bool, given: int, output: int, margin: int, most_rows: int
-) -> Iterator[Piece]:
-    """What makes the hops that the first `count` states make final, but for the first `given`.
-
-    states: device address of (ring, input_size) float32. ends: there are no further ones. output: hops before these in
-    the call's memory. margin: of the decoder in all.
-    """
-    known = frames_of(count)
-    first, end = FIRST_HOP + given, known + 1 if ends else known - margin
-    most_hops = most_rows - 2 * margin - PARTS
-    for hop in range(first, end, most_hops):
-        yield piece_around(
-            hop, min(hop + most_hops, end), states=states, ring=ring, known=known, frames=known if ends else ENDLESS,
-            output=output + hop - first, margin=margin,
-        )  # fmt: skip
-
-
 class VoiceDecoder:
     """Answers orders for slots whose states lie in (slots, tokens, input_size) float32 on the device.
 
@@ -217,12 +199,13 @@ class VoiceDecoder:
         for order in orders:
             slot = order.slot
             first = hops
-            for piece in voice_pieces(
+            found = voice_pieces(
                 self._address + slot * self._slot_bytes, self._tokens, order.states, ends=order.ends,
                 given=int(self._given[slot]), output=hops, margin=self._margin, most_rows=self._slices.rows,
-            ):  # fmt: skip
-                pieces.append(piece)
-                hops = piece.output + piece.hops
+            )  # fmt: skip
+            if found:
+                pieces += found
+                hops = found[-1].output + found[-1].hops
             self._given[slot] += hops - first
             self._owed[slot] += 1
             parts.append(_Part(order, used + first * hop_bytes, (hops - first) * hop_bytes))

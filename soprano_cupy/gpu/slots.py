@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,9 +38,6 @@ SLOT_STATE = np.dtype(
     ]
 )
 
-_LARGEST_SCALE = 1e37  # of log2(e) / temperature: any colder takes the most likely token all the same
-_LARGEST_PENALTY = float(np.finfo(np.float32).max)
-
 
 def slot_state(request: Request, capacity: int, *, give_up: bool = False) -> Any:
     """The record, a `SLOT_STATE` scalar, with which a sequence begins: behind its prompt, before its first token.
@@ -50,27 +45,11 @@ def slot_state(request: Request, capacity: int, *, give_up: bool = False) -> Any
     capacity: tokens of a slot. give_up: end as soon as the loop check finds the voice stuck. The sequence ends by
     length at `max_new_tokens`, or where its next token would have no place in the cache any more.
     """
-    params = request.params
-    scale = 0.0 if params.temperature == 0 else min(math.log2(math.e) / params.temperature, _LARGEST_SCALE)
-    record = np.zeros((), SLOT_STATE)
-    record["seed"] = params.seed or 0
-    record["stream"] = request.stream
-    record["top_p"] = params.top_p
-    record["scale_high"] = np.float32(scale)
-    record["scale_low"] = np.float32(scale - float(np.float32(scale)))
-    record["penalty"] = np.float32(min(params.repetition_penalty, _LARGEST_PENALTY))
-    record["options"] = (OPTION_GREEDY if params.temperature == 0 else 0) | (OPTION_GIVE_UP if give_up else 0)
-    record["limit"] = min(params.max_new_tokens, capacity - len(request.ids) + 1)
-    record["position"] = len(request.ids) - 1
-    return record[()]
+    from ._tables import write_slot_states
 
-
-def seen_masks(prompts: Sequence[np.ndarray], words: int) -> np.ndarray:
-    """(len(prompts), words) uint32: bit i % 32 of word i / 32 is set for each id i that the prompt holds."""
-    held = np.zeros((len(prompts), words * 32), np.uint8)
-    for row, ids in zip(held, prompts, strict=True):
-        row[ids] = 1
-    return np.packbits(held, axis=1, bitorder="little").view(np.uint32)
+    records = np.zeros(1, SLOT_STATE)
+    write_slot_states(records, [request], [give_up], capacity)
+    return records[0]
 
 
 def progress_count(word: Any) -> Any:

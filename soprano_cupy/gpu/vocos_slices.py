@@ -10,7 +10,7 @@ from ..errors import DeviceError
 from . import program, vocos_plan
 from .arena import Arena
 from .vocos_plan import Capacity, Plan, RowRange
-from .vocos_tables import Piece, build_tables
+from .vocos_tables import Piece
 from .vocos_upload import HostTables
 
 logger = logging.getLogger(__name__)
@@ -58,13 +58,12 @@ class Slices:
 
     def run(self, pieces: Sequence[Piece], stream: int, *, samples: int = 0, pcm: int = 0) -> None:
         """Queue a slice. samples, pcm: where the hops go as float32 and as 16-bit integers; 0: nowhere."""
-        shape = self._plan.transform
-        hops = sum(piece.hops for piece in pieces)
-        tables = build_tables(pieces, shape.span_hops(hops, self._plan.facts.multiprocessors))
+        hops = sum([piece.hops for piece in pieces])
+        hops_of_a_block = self._plan.transform.span_hops(hops, self._plan.facts.multiprocessors)
         self._turn = (self._turn + 1) % len(self._tables)
-        self._tables[self._turn].send(tables, stream, samples=samples, pcm=pcm)
-        launches = self._program(row_class(len(tables.rows), self.rows, self._classes))
-        launches.run(stream, len(tables.rows), len(tables.tokens), len(tables.spans))
+        tables = self._tables[self._turn]
+        counts = tables.send(pieces, hops_of_a_block, stream, samples=samples, pcm=pcm)
+        self._program(row_class(counts[0], self.rows, self._classes)).run(stream, *counts)
 
     def prepare(self) -> None:
         """Build every program now, so that no run waits for it."""

@@ -10,7 +10,6 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from ..runner import DecoderStream
 from . import program, vocos_plan
 from .arena import Arena
 from .vocos_plan import Capacity, Plan, RowRange
-from .vocos_tables import FIRST_HOP, Piece, Progress, Tables, build_tables, margins, stream_piece
+from .vocos_tables import FIRST_HOP, Piece, Progress, margins, stream_piece
 from .vocos_upload import HostTables
 
 if TYPE_CHECKING:
@@ -135,9 +134,7 @@ class StreamTable:
         """The samples of the pieces' hops, float32, where each piece's `output` put them; waits for the GPU."""
         from ._driver import synchronize
 
-        tables = _tables_of(pieces[0]) if len(pieces) == 1 else build_tables(pieces, 1)
-        self._tables.send(tables, self._stream.ptr, samples=self._samples.device)
-        self._launch(len(tables.rows), len(tables.tokens), len(tables.spans))
+        self._launch(*self._tables.send(pieces, 1, self._stream.ptr, samples=self._samples.device))
         synchronize(self._stream.ptr)
         count = sum(piece.hops for piece in pieces) * self.config.hop_length
         samples: np.ndarray = self._host_samples[:count].copy()
@@ -179,12 +176,6 @@ class StreamTable:
 
         self._left.record(self._stream.ptr)
         self._left.hold(cupy.cuda.get_current_stream().ptr)
-
-
-@lru_cache(maxsize=1024)
-def _tables_of(piece: Piece) -> Tables:
-    """Of one voice by itself: the next utterance in the same slot has the same pieces, and their tables are at hand."""
-    return build_tables([piece], 1)
 
 
 class GpuStream(DecoderStream):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from . import program
+from ._tables import joined
 from .vocos_plan import Specs
-from .vocos_tables import Tables
+from .vocos_tables import TABLES, Piece, slice_tables
 
-ONE_COPY_BYTES = 1 << 16  # tables up to this size travel whole, in one copy: each copy costs the GPU some 2 us
+COPIED_ALONG = 1 << 16  # bytes between two tables that cost no more than the 2 us of another copy
 ADDRESSES = (1 << 64) - 1
 
 
@@ -22,40 +23,37 @@ class HostTables:
     """
 
     def __init__(self, specs: Specs, places: Mapping[str, int]) -> None:
-        self._target = places["output"]
-        self._offsets = {name: places[name] - self._target for name in specs}
-        ends = [
-            self._offsets[name] + math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in specs.items()
-        ]
-        self._memory = program.MappedMemory(max(ends))
-        self._bytes = np.frombuffer(self._memory.view(), np.uint8)
-        self._copied = program.Event()
-
-    def send(self, tables: Tables, stream: int, *, samples: int = 0, pcm: int = 0) -> None:
-        """Write the tables and queue their copies, once those of the run before are done.
-
-        samples, pcm: where float32 and 16-bit samples go; 0: nowhere. They may lie before the memory that is written:
-        pieces count their hops from the first of several slices.
-        """
-        self._copied.synchronize()
-        parts = {
-            "output": np.array([samples & ADDRESSES, pcm & ADDRESSES], np.uint64),
-            "segments": tables.segments,
-            "tokens": tables.tokens,
-            "rows": tables.rows,
-            "spans": tables.spans,
-        }
-        for name, table in parts.items():
-            start = self._offsets[name]
-            self._bytes[start : start + table.nbytes] = table.reshape(-1).view(np.uint8)
-        if len(self._bytes) <= ONE_COPY_BYTES:
-            self._copy(0, len(self._bytes), stream)
-        else:
-            for name, table in parts.items():
-                self._copy(self._offsets[name], table.nbytes, stream)
-        self._copied.record(stream)
-
-    def _copy(self, offset: int, nbytes: int, stream: int) -> None:
         from ._driver import copy
 
-        copy(self._target + offset, self._memory.device + offset, nbytes, stream)
+        self._copy = copy
+        self._target = places["output"]
+        offsets = {name: places[name] - self._target for name in specs}
+        sizes = {name: math.prod(shape) * np.dtype(dtype).itemsize for name, (shape, dtype) in specs.items()}
+        self._memory = program.MappedMemory(max(offsets[name] + sizes[name] for name in specs))
+        view = np.frombuffer(self._memory.view(), np.uint8)
+        self._tables = slice_tables({name: view[offsets[name] : offsets[name] + sizes[name]] for name in specs})
+        self._offsets = [offsets[name] for name in TABLES]
+        self._source = self._memory.device
+        self._copied = program.Event()
+
+    def send(
+        self, pieces: Sequence[Piece], hops_of_a_block: int, stream: int, *, samples: int = 0, pcm: int = 0
+    ) -> tuple[int, int, int]:
+        """Write the pieces' tables and queue their copy, once that of the run before is done.
+
+        Returns the rows, tokens and spans. hops_of_a_block: of whole voices; the hops of a stream's piece are one
+        block's. samples, pcm: where float32 and 16-bit samples go; 0: nowhere. They may lie before the memory that is
+        written: pieces count their hops from the first of several slices.
+        """
+        self._copied.synchronize()
+        counts = self._tables.write(pieces, hops_of_a_block, samples=samples & ADDRESSES, pcm=pcm & ADDRESSES)
+        for start, nbytes in joined(zip(self._offsets, _used_bytes(len(pieces), *counts), strict=True), COPIED_ALONG):
+            self._copy(self._target + start, self._source + start, nbytes, stream)
+        self._copied.record(stream)
+        return counts
+
+
+def _used_bytes(pieces: int, rows: int, tokens: int, spans: int) -> list[int]:
+    """Of each of `TABLES`."""
+    counts = (2, pieces, tokens, rows, spans)
+    return [count * dtype.itemsize for count, dtype in zip(counts, TABLES.values(), strict=True)]
