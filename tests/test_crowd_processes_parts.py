@@ -41,22 +41,29 @@ def test_samples_come_out_as_they_went_in(pieces: list[tuple[int, str, bool]]) -
     writer, reader = RingWriter(file, SIZE), RingReader(file, SIZE)
     os.close(file)
     under_way: list[tuple[int, np.ndarray]] = []
+
+    def read_all() -> None:
+        writer.flush()
+        taken = reader.take((begin, len(wanted), wanted.dtype.str) for begin, wanted in under_way)
+        for samples, (_, wanted) in zip(taken, under_way, strict=True):
+            np.testing.assert_array_equal(samples, wanted)
+        under_way.clear()
+
     for index, (count, dtype, read) in enumerate(pieces):
         samples = (np.arange(count) + 7 * index).astype(dtype)[: SIZE // 2 // np.dtype(dtype).itemsize]
         place = writer.put(samples)
         if place is None or read:  # no room: everything is read
-            for begin, wanted in under_way:
-                np.testing.assert_array_equal(reader.take(begin, len(wanted), wanted.dtype.str), wanted)
-            under_way = []
+            read_all()
             writer.freed(reader.read)
         if place is None:
             place = writer.put(samples)
             assert place is not None
         under_way.append((place, samples))
-    for begin, wanted in under_way:
-        np.testing.assert_array_equal(reader.take(begin, len(wanted), wanted.dtype.str), wanted)
+    read_all()
     writer.close()
     reader.close()
+    with pytest.raises(ValueError, match="the ring has been closed"):
+        reader.take([(0, 1, "<i2")])
 
 
 def test_a_full_ring_takes_nothing(ends: tuple[RingWriter, RingReader]) -> None:
@@ -65,12 +72,15 @@ def test_a_full_ring_takes_nothing(ends: tuple[RingWriter, RingReader]) -> None:
     places = [writer.put(half), writer.put(half + 1)]
     assert places == [0, SIZE // 2]
     assert writer.put(half) is None
-    taken = reader.take(0, len(half), "<i2")
+    writer.flush()
+    (taken,) = reader.take([(0, len(half), "<i2")])
     writer.freed(reader.read)
     assert writer.put(half + 2) == SIZE
     np.testing.assert_array_equal(taken, half)  # a copy
-    np.testing.assert_array_equal(reader.take(SIZE // 2, len(half), "<i2"), half + 1)
-    np.testing.assert_array_equal(reader.take(SIZE, len(half), "<i2"), half + 2)
+    writer.flush()
+    second, third = reader.take([(SIZE // 2, len(half), "<i2"), (SIZE, len(half), "<i2")])
+    np.testing.assert_array_equal(second, half + 1)
+    np.testing.assert_array_equal(third, half + 2)
 
 
 def test_messages_come_in_order_whatever_their_size() -> None:
@@ -136,7 +146,7 @@ def test_samples_wait_for_room(ends: tuple[RingWriter, RingReader]) -> None:
         assert sender.pending is False
         messages = receiver.exchange(0)
         sounds = [message for message in messages if isinstance(message, Sound)]
-        heard += [reader.take(sound.place, sound.length, sound.dtype) for sound in sounds]
+        heard += reader.take((sound.place, sound.length, sound.dtype) for sound in sounds)
         sender.freed(reader.read)
     np.testing.assert_array_equal(np.concatenate(heard), samples)
     assert max(len(piece) for piece in heard) <= SIZE // 4 // 4

@@ -29,12 +29,6 @@ class Buffers:
         counted = getattr(sys, "_is_gil_enabled", lambda: True)()  # else references are not all counted at once
         self._smallest = SMALLEST if counted else 1 << 62
 
-    def copy(self, data: np.ndarray) -> np.ndarray:
-        """A copy of `data`, (n,) uint8, that is its holder's own."""
-        found = self.empty(len(data))
-        found[:] = data
-        return found
-
     def empty(self, nbytes: int) -> np.ndarray:
         """(nbytes,) uint8 of any content that are their holder's own."""
         if nbytes < self._smallest:

@@ -16,7 +16,6 @@ from ..generation import Request
 from ..sampling import SamplingParams
 from . import processes_messages as say
 from .job import Wish
-from .processes_ring import RingReader
 from .processes_teller import Teller
 from .processes_ticket import Ticket
 from .scheduler import MAX_FAULTS
@@ -88,16 +87,15 @@ class Ledger:
             for ticket in homeless:
                 self._place(ticket)
 
-    def heard(self, station: Station, sound: say.Sound, ring: RingReader) -> None:
+    def heard(self, station: Station, number: int, samples: np.ndarray) -> None:
         """Samples have come."""
-        samples = ring.take(sound.place, sound.length, sound.dtype)
         with self.lock:
-            ticket = self.tickets.get(sound.number)
+            ticket = self.tickets.get(number)
             if ticket is None or ticket.station is not station:
                 return
             station.load -= ticket.advance(len(samples))
         if not ticket.hear(samples):
-            self.end(sound.number, DeviceError(
+            self.end(number, DeviceError(
                 "a device failed while a stream was heard, and the rest could not be made to fit; submit it again"
             ))  # fmt: skip
 

@@ -81,6 +81,7 @@ class AudioChannel(Channel):
             else:
                 taken.append(message)
             posted.popleft()
+        self._ring.flush()
         return taken
 
 

@@ -11,9 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.spawn import get_executable
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..errors import DeviceError
 from . import processes_messages as say
@@ -133,8 +136,11 @@ class Station(threading.Thread):
         told = 0
         try:
             while True:
-                for message in channel.exchange(LOOK_S):
-                    self._take_in(message, ring)
+                messages = channel.exchange(LOOK_S)
+                sounds = [message for message in messages if isinstance(message, say.Sound)]
+                samples = iter(ring.take((sound.place, sound.length, sound.dtype) for sound in sounds))
+                for message in messages:
+                    self._take_in(message, samples)
                 self._ledger.flush()
                 if ring.read != told:
                     told = ring.read
@@ -184,9 +190,9 @@ class Station(threading.Thread):
             channel.post(say.Close())
         return ring
 
-    def _take_in(self, message: Any, ring: RingReader) -> None:
+    def _take_in(self, message: Any, samples: Iterator[np.ndarray]) -> None:
         if isinstance(message, say.Sound):
-            self._ledger.heard(self, message, ring)
+            self._ledger.heard(self, message.number, next(samples))
         elif isinstance(message, say.Ended):
             self._ledger.ended(self, message)
         elif isinstance(message, say.State):
