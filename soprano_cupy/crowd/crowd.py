@@ -40,9 +40,8 @@ class Crowd:
         self._stall_s, self._closing = stall_s, threading.Lock()
         self._workers = [Worker(self, make, f"soprano-{i}") for i, make in enumerate(makers)]
         self._watch = threading.Thread(target=self._look, name="soprano-watch", daemon=True)
-        self._teller = threading.Thread(target=self.scheduler.tell, name="soprano-answers", daemon=True)
         self.left = threading.Event()  # a worker has ended
-        self._teller.start()
+        self.scheduler.teller.start()
         for worker in self._workers:
             worker.start()
         for worker in self._workers:
@@ -81,9 +80,7 @@ class Crowd:
             for thread in threads:
                 if thread.is_alive() and thread is not threading.current_thread():
                     thread.join()
-            self.scheduler.tell_no_more()
-            if self._teller is not threading.current_thread():
-                self._teller.join()
+            self.scheduler.teller.stop()
 
     def __enter__(self) -> Crowd:
         return self

@@ -8,9 +8,9 @@ deadlines and what is to become of the requests of a process that dies.
     processes.py          the front                        processes_station.py  one process, seen from the front
     processes_worker.py   the process                      processes_messages.py what they say to each other
     processes_channel.py  messages in bunches              processes_ring.py     samples
-    processes_orders.py   texts that wait there            processes_teller.py   the thread that ends futures
+    processes_orders.py   texts that wait there            processes_ticket.py   a request, seen from the front
     processes_relay.py    what comes back of a request     processes_ledger.py   who has which request
-    processes_ticket.py   a request, seen from the front   buffers.py            memory that is used again
+    teller.py             the thread that ends futures     buffers.py            memory that is used again
 """
 
 from __future__ import annotations

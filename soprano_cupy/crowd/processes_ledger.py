@@ -16,10 +16,10 @@ from ..generation import Request
 from ..sampling import SamplingParams
 from . import processes_messages as say
 from .job import Wish
-from .processes_teller import Teller
 from .processes_ticket import Ticket
 from .scheduler import MAX_FAULTS
 from .speech import Speech
+from .teller import Teller
 
 if TYPE_CHECKING:
     from .processes_station import Station

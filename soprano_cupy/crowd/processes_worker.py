@@ -8,6 +8,7 @@ does, come what may.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import logging
 import os
@@ -101,6 +102,8 @@ class Service:
         voice: Voice = getattr(importlib.import_module(module), name)(**setup.options)
         crowd, device = voice.crowd, voice.crowd.devices[0]
         crowd.scheduler.new_speech = lambda *_: self._entering
+        gc.collect()
+        gc.freeze()  # the voice stays as long as the process does; nobody need look through it while others wait
         self._crowd = crowd
         nbytes = int(getattr(device, "nbytes", 0))
         self._channel.post(say.Ready(device.name, device.slots, device.most_prompt, nbytes, os.getpid()))

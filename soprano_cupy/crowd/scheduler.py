@@ -10,9 +10,7 @@ import heapq
 import logging
 import threading
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +20,7 @@ from ..generation import Request
 from .fair_queue import FairQueue
 from .job import Job, Sentence, Wish
 from .speech import Speech
+from .teller import Teller
 
 if TYPE_CHECKING:
     from .driver import Driver
@@ -49,9 +48,7 @@ class Scheduler:
         self._deadlines: list[tuple[float, int, weakref.ref[Job]]] = []  # which keep no sound until they pass
         self._running: dict[Driver, set[Sentence]] = {}
         self._dropped: dict[Driver, list[Sentence]] = {}
-        self._ended: deque[tuple[Speech, BaseException | None]] = deque()
-        self._wake: SimpleQueue[bool] = SimpleQueue()  # for `tell`; False: there is no more
-        self._telling = self._woken = False
+        self.teller = Teller()  # a thread that may be started, else futures are told by those who make them end
         self._order = 0
         self._waiting_jobs = self._waiting_sentences = 0
         self._tokens_each = TOKENS_EACH
@@ -121,37 +118,7 @@ class Scheduler:
 
     def flush(self) -> None:
         """Have the futures told that have ended; never called with the lock held."""
-        if not self._ended:
-            return
-        if not self._telling:
-            self._tell()
-        elif not self._woken:
-            self._woken = True
-            self._wake.put(True)
-
-    def tell(self) -> None:
-        """Tell futures until `tell_no_more`, for a thread of its own: what waits for them may do anything for any time.
-
-        Without such a thread, those do it who make futures end.
-        """
-        self._telling = True
-        while self._wake.get():
-            self._woken = False
-            self._tell()
-        self._telling = False
-        self._tell()  # what came while it was seen that somebody tells
-
-    def tell_no_more(self) -> None:
-        """End `tell`, once all has been told that ended by now."""
-        self._wake.put(False)
-
-    def _tell(self) -> None:
-        while True:
-            try:
-                speech, error = self._ended.popleft()
-            except IndexError:
-                return
-            speech.settle(error)
+        self.teller.flush()
 
     @property
     def unfinished(self) -> int:
@@ -355,7 +322,7 @@ class Scheduler:
             self._release(sentence)
             if driver in self._dropped:
                 self._dropped[driver].append(sentence)
-        self._ended.append((job.speech, error))
+        self.teller.tell(job.speech, error)
         job.forget()
         self.changed.notify_all()
 
