@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,39 @@ def add_voice_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dtype", choices=settings.DTYPES, help="what weights are kept in; default: SOPRANO_DTYPE, else auto"
     )
+
+
+def add_devices_option(parser: argparse.ArgumentParser) -> None:
+    """--devices: several that share the work, for commands that go through `SopranoTTS.submit`."""
+    parser.add_argument(
+        "--devices",
+        metavar="D,D",
+        help="instead of --device: those that share the work, such as cuda:0,cuda:1; several GPUs have a process each",
+    )
+
+
+def named_devices(options: argparse.Namespace) -> list[str] | None:
+    """What --devices names, each as `cpu` or `cuda:N`; None where it is not given.
+
+    `ParameterError` for what is no such list, `DeviceError` for a device that is not there.
+    """
+    text = options.devices
+    if text is None:
+        return None
+    if options.device is not None:
+        raise ParameterError("--device and --devices name the same thing; give only one of them")
+    words = [word.strip() for word in text.split(",")]
+    try:
+        for word in words:
+            settings.device(word)
+    except ParameterError as error:
+        raise ParameterError(f"--devices {text!r}: {error}, with commas between, such as cuda:0,cuda:1") from None
+    from ..device import resolve_device
+
+    names = [resolve_device(word)[0] for word in words]
+    if len(set(names)) < len(names):
+        raise ParameterError(f"--devices {text!r} names the same device twice ({', '.join(names)}); name each once")
+    return names
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -89,8 +122,11 @@ def flags_over_environment(options: argparse.Namespace) -> Iterator[None]:
                 os.environ[variable] = value
 
 
-def open_voice(options: argparse.Namespace) -> SopranoTTS:
-    """Load the voice; when none was named, one line says which speaks and how to get a better one."""
+def open_voice(options: argparse.Namespace, devices: Sequence[str] | None = None) -> SopranoTTS:
+    """Load the voice; when none was named, one line says which speaks and how to get a better one.
+
+    devices: those of `submit`, where there are several; the first of them is the voice's own.
+    """
     settings.device()  # wrong values fail here, before anything heavy is imported
     settings.attention()
     settings.dtype()
@@ -102,7 +138,7 @@ def open_voice(options: argparse.Namespace) -> SopranoTTS:
 
     begin = time.perf_counter()
     with _without_info("soprano_cupy.pipeline", "soprano_cupy.qwen3"):  # `describe` says the same in order
-        tts = SopranoTTS(options.model)
+        tts = SopranoTTS(options.model, devices[0] if devices else "auto", devices=devices)
     if getattr(options, "verbose", False):
         describe(tts, time.perf_counter() - begin)
     elif named is None:

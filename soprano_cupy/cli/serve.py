@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ParameterError, SopranoError
 from .console import Terminated, say
-from .options import add_voice_options, open_voice
+from .options import add_devices_option, add_voice_options, named_devices, open_voice
 
 if TYPE_CHECKING:
     from .speech_api import SpeechServer
@@ -35,6 +36,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 takes a free one (8000)")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is used, and log each request")
     add_voice_options(parser)
+    add_devices_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -44,28 +46,30 @@ def run(options: argparse.Namespace) -> int:
         raise ParameterError(f"--port {options.port} must be from 0 to 65535")
     from ..crowd.crowd import SWITCH_S
 
-    tts = open_voice(options)
-    sys.setswitchinterval(SWITCH_S)
-    server = _listen(options.host, options.port, tts)
-    try:
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        say(f"listening on http://{host}:{server.server_port}; Ctrl-C stops")
-        server.serve_forever()
-    except (KeyboardInterrupt, Terminated):
-        say("stopping")
-    finally:
-        server.server_close()
-        if not server.drain(DRAIN_SECONDS):
-            say("a request was cut off")
-        tts.close()
+    devices = named_devices(options)
+    with open_voice(options, devices) as tts:
+        sys.setswitchinterval(SWITCH_S)
+        if devices is not None:
+            tts._opened()  # takes a while for each, and may fail: rather now than when somebody asks
+        server = _listen(options.host, options.port, tts, devices or [tts.device])
+        try:
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            say(f"listening on http://{host}:{server.server_port}; Ctrl-C stops")
+            server.serve_forever()
+        except (KeyboardInterrupt, Terminated):
+            say("stopping")
+        finally:
+            server.server_close()
+            if not server.drain(DRAIN_SECONDS):
+                say("a request was cut off")
     return 0
 
 
-def _listen(host: str, port: int, tts: Any) -> SpeechServer:
+def _listen(host: str, port: int, tts: Any, devices: Sequence[str]) -> SpeechServer:
     from .speech_api import SpeechServer
 
     try:
-        return SpeechServer(host, port, tts)
+        return SpeechServer(host, port, tts, devices)
     except (OSError, OverflowError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise SopranoError(f"cannot listen on {host} port {port}: {why}; choose another --host or --port") from error

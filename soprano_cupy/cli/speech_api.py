@@ -13,7 +13,7 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +28,7 @@ from ..pipeline import SopranoTTS
 logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 1 << 20
-MAX_REQUESTS = 256  # being answered or waiting for the voice; further ones are sent away
+MAX_REQUESTS = 256  # for each device, being answered or waiting for the voice; further ones are sent away
 SOCKET_SECONDS = 30.0  # how long a client may keep silent or not listen
 LINGER_SECONDS = 1.0
 SAMPLING = ("temperature", "top_p", "repetition_penalty", "retries", "seed")
@@ -81,14 +81,14 @@ class SpeechRequest:
 
 
 class SpeechServer(ThreadingHTTPServer):
-    """One thread a connection; one voice, which speaks for all requests side by side."""
+    """One thread a connection; one voice, which speaks for all requests side by side, on its own device or several."""
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, host: str, port: int, tts: SopranoTTS) -> None:
+    def __init__(self, host: str, port: int, tts: SopranoTTS, devices: Sequence[str] | None = None) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self.tts = tts
+        self.tts, self.devices = tts, list(devices or [tts.device])
         self.stopping = False
         self._answering = 0
         self._changed = threading.Condition()
@@ -98,7 +98,7 @@ class SpeechServer(ThreadingHTTPServer):
     def admitted(self) -> Iterator[None]:
         """Count a request in; `ApiError` 503 when there are too many or the server is stopping."""
         with self._changed:
-            if self.stopping or self._answering >= MAX_REQUESTS:
+            if self.stopping or self._answering >= MAX_REQUESTS * len(self.devices):
                 raise ApiError(503, "the server is stopping" if self.stopping else "too many requests; try again later")
             self._answering += 1
         try:
@@ -153,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
     def _health(self) -> None:
         tts = self.server.tts
         state = {"status": "ok", "version": __version__, "model": tts.model.name, "device": tts.device}
-        self._send(200, "application/json", json.dumps(state).encode())
+        self._send(200, "application/json", json.dumps({**state, "devices": self.server.devices}).encode())
 
     def _speech(self) -> None:
         with self.server.admitted():
