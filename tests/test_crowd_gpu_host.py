@@ -4,6 +4,7 @@ machine, where what is spoken in a crowd must be, bit for bit, what is spoken al
 from __future__ import annotations
 
 import dataclasses
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import snr_db
 
-from soprano_cupy import DeviceError, Qwen3
+from soprano_cupy import DeviceError, ParameterError, Qwen3
 from soprano_cupy.audio import to_pcm16
 from soprano_cupy.checkpoint import decoder_config, open_decoder, open_language_model
 from soprano_cupy.config import DecoderConfig, ModelConfig
+from soprano_cupy.crowd.device import AT_ITS_END, NOT_WATCHED, News
 from soprano_cupy.crowd.driver import Driver
 from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.scheduler import Scheduler
@@ -34,9 +36,11 @@ from soprano_cupy.gpu import (
     forward,
     linear,
     program,
+    slots,
     vocos,
     vocos_slices,
 )
+from soprano_cupy.gpu._tables import watched_slots
 from soprano_cupy.gpu.arena import Arena
 from soprano_cupy.gpu.crowd_device import GpuDevice, open_device
 from soprano_cupy.gpu.crowd_rows import BUCKETS, Rows, bucket_of, buckets_up_to
@@ -407,3 +411,27 @@ def test_too_little_memory_means_fewer_voices(
     standin.memory_bytes = 10_000
     with pytest.raises(DeviceError, match="no memory left"):
         open_device(model, decoder, MOST_PROMPT, 16)
+
+
+def test_watched_slots_are_news_once_they_are_there() -> None:
+    rng = np.random.default_rng(0)
+    count, status, stuck = rng.integers(0, 600, 700), rng.integers(0, 5, 700) * (rng.random(700) < 0.3), rng.random(700)
+    token = rng.integers(0, 1 << 24, 700)
+    words = [
+        int(c) | int(s) << 32 | int(q < 0.2) << 39 | int(t) << 40
+        for c, s, q, t in zip(count, status, stuck, token, strict=True)
+    ]
+    watched = array("q", [int(n) for n in rng.integers(1, 600, 700)])
+    for slot in range(0, 700, 3):
+        watched[slot] = (NOT_WATCHED, AT_ITS_END)[slot % 2]
+    expected = [
+        News(slot, slots.progress_count(word), slots.progress_status(word), slots.progress_stuck(word))
+        for slot, word in enumerate(words)
+        if watched[slot] != NOT_WATCHED
+        and (slots.progress_status(word) != slots.RUNNING or slots.progress_count(word) >= watched[slot])
+    ]
+    assert 200 < len(expected) < 500
+    assert watched_slots(np.array(words, np.uint64), watched) == expected
+    assert watched_slots(np.array(words, np.uint64), array("q", [NOT_WATCHED]) * 700) == []
+    with pytest.raises(ParameterError, match="3 slots are watched, and there are 700"):
+        watched_slots(np.array(words, np.uint64), array("q", [1, 2, 3]))

@@ -1,7 +1,9 @@
+from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from ..crowd.device import News
 from ..generation import Request
 
 PARTS: int
@@ -77,3 +79,4 @@ def write_slot_states(
 ) -> None: ...
 def write_column(column: np.ndarray, values: Sequence[int], end: int, nothing: int) -> None: ...
 def joined(parts: Iterable[tuple[int, int]], gap: int) -> list[tuple[int, int]]: ...
+def watched_slots(words: np.ndarray, watched: array[int]) -> list[News]: ...

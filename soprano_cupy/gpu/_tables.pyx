@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False
-"""What the host writes for the GPU's kernels, straight into the memory that is copied: the decoder's tables, prompts.
+"""What host and GPU tell each other. The decoder's tables and prompts go straight into the memory that is copied.
 
 The loops of a table's rows run here with the interpreter's lock: they take a few microseconds, where arrays of NumPy
 give the lock away at each operation and wait to have it back. The layouts are the dtypes of `vocos_tables.py` and
@@ -14,6 +14,7 @@ from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from ..config import FRAMES_PER_TOKEN as _FRAMES_PER_TOKEN
+from ..crowd.device import NOT_WATCHED, News
 from ..errors import ParameterError
 from .slots import OPTION_GIVE_UP, OPTION_GREEDY
 
@@ -21,6 +22,9 @@ PARTS = 4  # hops of a frame
 
 cdef enum:
     PARTS_OF_A_FRAME = 4
+    STATUS_SHIFT = 32  # of the word that a slot publishes, whose first 32 bits are its tokens
+    STATUS_MASK = 127
+    STUCK_SHIFT = 39
 cdef int FRAMES_PER_TOKEN = _FRAMES_PER_TOKEN
 cdef int32_t GREEDY = OPTION_GREEDY, GIVE_UP = OPTION_GIVE_UP
 cdef object LOG2_E = math.log2(math.e)
@@ -388,3 +392,30 @@ def joined(parts, Py_ssize_t gap):
     if end >= 0:
         copies.append((begin, end - begin))
     return copies
+
+
+# ---- what comes back ----
+
+
+def watched_slots(const uint64_t[::1] words, watched):
+    """`News` of the slots that have drawn as many tokens as are waited for, or have ended.
+
+    words: what each slot has published last (`slots.py`); the GPU may be writing them. watched: as `Device.report`
+    takes it.
+    """
+    cdef int64_t[::1] due = watched
+    cdef Py_ssize_t slot
+    cdef uint64_t word
+    cdef int64_t tokens, nobody = NOT_WATCHED
+    cdef int status
+    cdef list found = []
+    if words.shape[0] != due.shape[0]:
+        raise ParameterError(f"{due.shape[0]} slots are watched, and there are {words.shape[0]}")
+    for slot in range(words.shape[0]):
+        if due[slot] == nobody:
+            continue
+        word = words[slot]
+        tokens, status = word & 0xFFFFFFFF, word >> STATUS_SHIFT & STATUS_MASK
+        if status != 0 or tokens >= due[slot]:
+            found.append(News(slot, tokens, status, (word >> STUCK_SHIFT & 1) != 0))
+    return found

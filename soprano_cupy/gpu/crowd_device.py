@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from ..crowd.device import NOT_WATCHED, Entry, News, Order, Report
+from ..crowd.device import Entry, Order, Report
 from ..errors import DeviceError
 from . import slots as words
+from ._tables import watched_slots
 from .crowd_sizes import DEFAULT_SLOTS, CrowdSizes, crowd_bytes, slots_that_fit
 from .crowd_steps import CrowdSteps
 from .crowd_voices import VoiceDecoder
@@ -118,7 +119,7 @@ class GpuDevice:
             else:
                 staying.append((slot, event))
         self._leaving = staying
-        return Report(_news(self._steps.progress, watched), audio, left)
+        return Report(watched_slots(self._steps.progress, watched), audio, left)
 
     def tokens(self, slot: int, count: int) -> np.ndarray:
         return np.array(self._steps.tokens[slot, :count])
@@ -142,18 +143,3 @@ class GpuDevice:
             import cupy
 
             cupy.get_default_memory_pool().free_all_blocks()
-
-
-def _news(progress: np.ndarray, watched: array[int]) -> list[News]:
-    """The watched slots that are as far as that, by their words."""
-    word, due = progress.copy(), np.frombuffer(watched, np.int64)
-    ended = (words.progress_status(word) != words.RUNNING) & (due != NOT_WATCHED)
-    return [
-        News(
-            slot,
-            words.progress_count(int(word[slot])),
-            words.progress_status(int(word[slot])),
-            words.progress_stuck(int(word[slot])),
-        )
-        for slot in np.flatnonzero(ended | (words.progress_count(word) >= due)).tolist()
-    ]
