@@ -233,9 +233,12 @@ def speak(device: GpuDevice, requests: list[Request], wishes: list[Wish], betwee
             speeches.append(scheduler.submit([wanted], wish, turn / 100))
         if between is not None:
             between(turn, speeches)
-        if not driver.turn(turn / 100) and not waiting and not scheduler.unfinished:
+        busy = driver.turn(turn / 100)
+        if not busy and not waiting and not scheduler.unfinished:
             assert driver.free == driver.slots
             return speeches
+        if busy and not driver.generating:
+            device.wait(0.002)  # as the device's thread does
     raise AssertionError("not done")
 
 
