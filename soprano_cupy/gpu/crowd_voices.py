@@ -128,8 +128,8 @@ class VoiceDecoder:
         self._margin = margins(decoder.config).total
         self._address, self._tokens = int(states.data.ptr), int(states.shape[1])
         self._slot_bytes = int(states.strides[0])
-        self._given = np.zeros(len(states), np.int64)  # hops of each slot
-        self._owed = np.zeros(len(states), np.int64)  # orders of each slot that are not answered
+        self._given = [0] * len(states)  # hops of each slot
+        self._owed = [0] * len(states)  # orders of each slot that are not answered
         self._hop_bytes = self._config.hop_length * FLOAT_BYTES
         hops = max(self._slices.rows, FRAMES_PER_TOKEN * self._tokens) + PARTS
         self._buffers = [cupy.empty(hops * self._hop_bytes, np.uint8) for _ in range(CALLS)]
@@ -165,11 +165,12 @@ class VoiceDecoder:
 
     def owes(self, slot: int) -> bool:
         """Whether an order of a slot is not answered yet."""
-        return bool(self._owed[slot])
+        return self._owed[slot] > 0
 
     def begin(self, slots: Sequence[int]) -> None:
         """Other voices are in these slots."""
-        self._given[list(slots)] = 0
+        for slot in slots:
+            self._given[slot] = 0
 
     def order(self, orders: Sequence[Order]) -> None:
         """Queue what the orders need, where there is room. The states must have been written for good."""
@@ -201,7 +202,7 @@ class VoiceDecoder:
             first = hops
             found = voice_pieces(
                 self._address + slot * self._slot_bytes, self._tokens, order.states, ends=order.ends,
-                given=int(self._given[slot]), output=hops, margin=self._margin, most_rows=self._slices.rows,
+                given=self._given[slot], output=hops, margin=self._margin, most_rows=self._slices.rows,
             )  # fmt: skip
             if found:
                 pieces += found
