@@ -77,7 +77,7 @@ def test_one_voice_says_what_infer_says(tts: SopranoTTS, monkeypatch: pytest.Mon
     """Up to a token, if any, whose lead is within the error: `infer` has kernels of its own for one voice."""
     assert device_of(tts).slots == 64
     model: Any = tts.engine.language_model
-    wanted = {n: tts._requests(text_of(n), SamplingParams())[0] for n in range(6)}
+    wanted = {n: tts._reader.read(text_of(n), SamplingParams())[0] for n in range(6)}
     made = what_is_made(monkeypatch, wanted)
     for n, request in wanted.items():
         alone = tts.infer(text_of(n))
@@ -115,7 +115,7 @@ def test_crowds_without_fixed_kernels_say_the_same_words(tts: SopranoTTS, monkey
     another order, so some greedy choices turn over, and what follows is another sentence.
     """
     model: Any = tts.engine.language_model
-    wanted = {n: tts._requests(text_of(n), SamplingParams())[0] for n in range(40)}
+    wanted = {n: tts._reader.read(text_of(n), SamplingParams())[0] for n in range(40)}
     made = what_is_made(monkeypatch, wanted)
     samples_alone = [tts.submit(text_of(n)).result(60) for n in wanted]
     alone = dict(made)
@@ -261,7 +261,7 @@ def test_a_poisoned_sequence(invariant: SopranoTTS, monkeypatch: pytest.MonkeyPa
     alone = [invariant.submit(text_of(n)).result(60) for n in range(12)]
     device = device_of(invariant)
     original = GpuDevice.admit
-    bad = invariant._requests(text_of(5), SamplingParams(seed=1))
+    bad = invariant._reader.read(text_of(5), SamplingParams(seed=1))
 
     def admit(self: GpuDevice, entries: Any) -> None:
         original(self, entries)
