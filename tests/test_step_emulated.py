@@ -312,6 +312,18 @@ def test_when_weights_are_asked_for_meanwhile() -> None:
     assert not step.fetches_ahead(replace(gpu, l2_bytes=0), 1, 1)
 
 
+@pytest.mark.parametrize(("rows", "spare"), [(1, 14), (2, 14), (4, 14), (8, 0), (16, 14), (32, 28), (64, 56)])
+def test_spare_blocks_find_room(rows: int, spare: int) -> None:
+    """The 80M model on 132 multiprocessors: (splits, heads, rows and spare ones); 8 rows fill half of them alone."""
+    plan = step.plan_attention_step(
+        dtype="bfloat16", capability=(9, 0), multiprocessors=132, rows=rows, num_heads=4, num_kv_heads=1, head_dim=128,
+        epsilon=1e-6, qkv=16, attended=16, attended_stride=512, q_gain=16, k_gain=16, rope=16, keys=16, values=16,
+        capacity=1088, slot_of_row=16, slots=16, workspace=16, ahead=[(256, 1 << 16)],
+    )  # fmt: skip
+    assert plan.grid[2] - rows == spare
+    assert plan.grid[0] * plan.grid[1] * spare in (0, 112)
+
+
 def test_splits_of_several_blocks() -> None:
     """From 2,049 keys on a split has two blocks."""
     case = StepCase((2047, 2048, 2180), (1, 0, 2), head_dim=32, group=4, capacity=2200)
