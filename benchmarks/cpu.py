@@ -103,9 +103,9 @@ def work_ours(folder: str, dtype: str, batches: list[int], repeats: int) -> dict
 
 
 def encode(tts: Any, sentences: list[str]) -> list[np.ndarray]:
-    from soprano_cupy.text import build_prompts
+    from soprano_cupy.sampling import SamplingParams
 
-    return [np.asarray(tts._tokenizer.encode(build_prompts(text)[0]), np.int32) for text in sentences]
+    return [tts._reader.read(text, SamplingParams())[0].ids for text in sentences]
 
 
 def read_each_step(lm: Any) -> int:

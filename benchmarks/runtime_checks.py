@@ -27,7 +27,6 @@ from soprano_cupy.portable.qwen3 import PortableLanguageModel
 from soprano_cupy.portable.vocos import PortableDecoder
 from soprano_cupy.runner import Array, LanguageModelRunner
 from soprano_cupy.sampling import SamplingParams
-from soprano_cupy.text import build_prompts
 
 ERROR_RATIO = 2.0
 LEAST_SNR_DB = 50.0
@@ -145,7 +144,7 @@ def groups(items: Sequence[Any], size: int = TOGETHER) -> Iterator[list[Any]]:
 def spoken_prompts(tts: SopranoTTS, count: int) -> list[np.ndarray]:
     """Ids of `count` sentences."""
     texts = sentences(count, seed=count, longest=80)
-    return [tts._tokenizer.encode(prompt) for text in texts for prompt in build_prompts(text)[:1]]
+    return [tts._reader.read(text, SamplingParams())[0].ids for text in texts]
 
 
 def check_generation(checks: Checks, models: Models, prompts: list[np.ndarray], tokens: int) -> None:

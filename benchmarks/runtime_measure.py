@@ -31,7 +31,7 @@ from soprano_cupy.cli.bench import step_seconds
 from soprano_cupy.config import SAMPLE_RATE_HZ, DecoderConfig, ModelConfig
 from soprano_cupy.device import array_module
 from soprano_cupy.pipeline import SopranoTTS
-from soprano_cupy.text import build_prompts
+from soprano_cupy.sampling import SamplingParams
 
 MOST_OF_FREE_MEMORY = 0.7  # what a batch's caches may take of it
 BLOCK_STEPS = 50
@@ -232,7 +232,7 @@ def _speech(subject: Subject, case: str, calls: list[list[str]]) -> Row:
 
 def prompt_lengths(tts: SopranoTTS, texts: Sequence[str]) -> list[int]:
     """Tokens of every prompt that these texts are spoken with."""
-    return [len(tts._tokenizer.encode(prompt)) for text in texts for prompt in build_prompts(text)]
+    return [len(request.ids) for text in texts for request in tts._reader.read(text, SamplingParams())]
 
 
 # ---- the decoder alone ----
