@@ -161,7 +161,7 @@ def gpu_limits() -> dict[str, float]:
 def _copy_tb_s() -> float:
     import cupy
 
-    size_bytes = min(4 << 30, cupy.cuda.runtime.memGetInfo()[0] // 4)
+    size_bytes = min(4 << 30, int(cupy.cuda.runtime.memGetInfo()[0]) // 4)
     source, target = cupy.zeros(size_bytes, cupy.uint8), cupy.zeros(size_bytes, cupy.uint8)
     copy = time_eager(lambda: target.data.copy_from_device_async(source.data, size_bytes), milliseconds=100)
     return 2 * size_bytes / copy.best / 1e6
@@ -244,7 +244,7 @@ def _output(*command: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return (done.stdout.strip().splitlines() or [None])[0]
+    return next(iter(done.stdout.strip().splitlines()), None)
 
 
 def write_results(

@@ -26,12 +26,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
+
+if TYPE_CHECKING:
+    from benchmarks.common import Row
+    from soprano_cupy import SopranoTTS
+    from soprano_cupy.cpu.qwen3 import CpuLanguageModel
+    from soprano_cupy.runner import LanguageModelRunner
 
 TOKENS = 128
 TOKEN_SECONDS = 0.064
@@ -74,12 +80,15 @@ def texts(count: int) -> list[str]:
 def work_ours(folder: str, dtype: str, batches: list[int], repeats: int) -> dict[str, Any]:
     """All timings of one dtype."""
     from soprano_cupy import SopranoTTS
+    from soprano_cupy.cpu.qwen3 import CpuLanguageModel
     from soprano_cupy.engine import Timings
     from soprano_cupy.generation import Request
     from soprano_cupy.sampling import SamplingParams
 
     tts = SopranoTTS(folder, device="cpu", dtype=dtype)
     lm, decoder = tts.engine.language_model, tts.engine.decoder
+    if not isinstance(lm, CpuLanguageModel):
+        raise SystemExit(f"the CPU engine does not run here: {lm.reason}")
     params = SamplingParams(temperature=0.0, max_new_tokens=TOKENS)
 
     def speed(count: int) -> float:
@@ -98,23 +107,23 @@ def work_ours(folder: str, dtype: str, batches: list[int], repeats: int) -> dict
     result["step"] = {n: step_seconds(lm, n) for n in batches}
     states = np.random.default_rng(0).standard_normal((1, TOKENS + 1, lm.config.hidden_size)).astype(np.float32)
     result["vocos"] = median_of(lambda: seconds_of(lambda: decoder.decode(states)), repeats) / TOKENS
-    result["isa"] = lm._model.isa  # type: ignore[attr-defined]
+    result["isa"] = lm._model.isa
     return result
 
 
-def encode(tts: Any, sentences: list[str]) -> list[np.ndarray]:
+def encode(tts: SopranoTTS, sentences: list[str]) -> list[np.ndarray]:
     from soprano_cupy.sampling import SamplingParams
 
     return [tts._reader.read(text, SamplingParams())[0].ids for text in sentences]
 
 
-def read_each_step(lm: Any) -> int:
+def read_each_step(lm: CpuLanguageModel) -> int:
     """Bytes of weights that a step of one voice reads: all but the embeddings."""
     embeddings = lm.config.vocab_size * lm.config.hidden_size * 2
-    return int(lm.weight_bytes) - embeddings
+    return lm.weight_bytes - embeddings
 
 
-def step_seconds(lm: Any, batch: int, context: int = 128, steps: int = 60) -> float:
+def step_seconds(lm: LanguageModelRunner, batch: int, context: int = 128, steps: int = 60) -> float:
     """Median of one token for each of `batch` sequences, logits included, at contexts from `context` on."""
     cache = lm.new_cache(batch, context + steps)
     ids = np.random.default_rng(0).integers(4, lm.config.vocab_size, batch * context).astype(np.int32)
@@ -230,7 +239,7 @@ def check(folder: str) -> int:
     return passed
 
 
-def forward(model: Any, ids: np.ndarray) -> np.ndarray:
+def forward(model: LanguageModelRunner, ids: np.ndarray) -> np.ndarray:
     cache = model.new_cache(1, len(ids))
     return np.asarray(model.extend(cache, ids, np.array([0, len(ids)], np.int32)), np.float64)
 
@@ -277,7 +286,7 @@ def run_worker(python: str, *arguments: str) -> tuple[dict[str, Any], float | No
     return json.loads(line), first
 
 
-def rows_of(options: argparse.Namespace, folder: str, starting: str) -> tuple[list[Any], dict[str, float]]:
+def rows_of(options: argparse.Namespace, folder: str, starting: str) -> tuple[list[Row], dict[str, float]]:
     from benchmarks.common import Row
     from soprano_cupy.cpu.threads import wanted_threads
 
@@ -349,10 +358,10 @@ def checkpoints(named_model: str | None) -> Iterator[tuple[str, str]]:
 
     with tempfile.TemporaryDirectory() as root:
         folders = [Path(root) / "endless", Path(root) / "ending"]
-        for folder, tokens in zip(folders, (None, 24), strict=True):
-            make_checkpoint(folder, config=SOPRANO_1_1_80M, mean_tokens=tokens)
+        for made, tokens in zip(folders, (None, 24), strict=True):
+            make_checkpoint(made, config=SOPRANO_1_1_80M, mean_tokens=tokens)
             described = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "[STOP]"}
-            (folder / "tokenizer_config.json").write_text(json.dumps(described))
+            (made / "tokenizer_config.json").write_text(json.dumps(described))
         yield str(folders[0]), str(folders[1])
 
 

@@ -24,11 +24,12 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -41,6 +42,7 @@ from benchmarks.crowd_waits import Waits
 from benchmarks.random_text import sentences
 from soprano_cupy import Busy, SopranoTTS
 from soprano_cupy.config import SAMPLE_RATE_HZ, TOKEN_SAMPLES
+from soprano_cupy.crowd.crowd import Crowd
 from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.speech import Speech
 from soprano_cupy.generation import Request
@@ -62,8 +64,10 @@ class Subject:
         self._random, self._tokens = random.Random(5), tokens
         self.texts = sentences(4096, seed=3)
 
-    def crowd(self) -> Any:
-        return self.tts._opened()
+    def crowd(self) -> Crowd:
+        crowd = self.tts._opened()
+        assert isinstance(crowd, Crowd)
+        return crowd
 
     def resize(self, batch: int) -> None:
         """Another crowd of the same voice, of `batch` sentences at once; what speaks is over."""
@@ -72,7 +76,7 @@ class Subject:
         self.tts._crowd = None
         self.tts._crowd_plan = replace(self.tts._crowd_plan, max_batch=batch)
 
-    def waits(self, waits: Waits) -> Any:
+    def waits(self, waits: Waits) -> AbstractContextManager[Waits]:
         """Measure how the GPU waits for the host."""
         return waits.of(self.crowd().devices[0])
 
@@ -82,7 +86,10 @@ class Subject:
         return self.tts._reader.read(text, SamplingParams(temperature=0.3, seed=seed, max_new_tokens=tokens))
 
     def memory(self) -> int:
-        return sum(int(getattr(device, "nbytes", 0)) for device in self.crowd().devices)
+        """Bytes of a GPU that the crowd's buffers take."""
+        from soprano_cupy.gpu.crowd_device import GpuDevice
+
+        return sum(device.nbytes for device in self.crowd().devices if isinstance(device, GpuDevice))
 
 
 def settle() -> None:
@@ -161,18 +168,19 @@ def live(subject: Subject, streams: int, seconds: float) -> tuple[list[Listener]
     return listeners, refused
 
 
-def _submit(crowd: Any, requests: Sequence[Request], listener: Listener) -> None:
+def _submit(crowd: Crowd, requests: Sequence[Request], listener: Listener) -> None:
     """Submit a stream whose chunks go to a listener from the first on."""
     with crowd.scheduler.lock:  # nothing comes before the listener is there
         speech = crowd.submit(requests, Wish(stream=True, pcm=True))
         speech.__class__ = Heard
-        speech.listener = listener
+        cast("Heard", speech).listener = listener
 
 
 def cancel_ms(subject: Subject, times: int) -> list[float]:
     """Milliseconds from `cancel` until the device has all its slots again, with one voice running."""
     crowd = subject.crowd()
     driver = crowd._workers[0].driver
+    assert driver is not None
     found = []
     for _ in range(times):
         speech = crowd.submit(subject.request(subject.texts[0])[:1], Wish(stream=True))

@@ -11,6 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 from soprano_cupy.config import SAMPLE_RATE_HZ
+from soprano_cupy.crowd.crowd import Crowd
+from soprano_cupy.crowd.processes import ProcessCrowd
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def host_us(marks: Sequence[Mark]) -> list[float]:
     return [1e6 * (b.processor_s - a.processor_s) / max(1, b.requests - a.requests) for a, b in pairwise(marks)]
 
 
-def drain(crowd: Any) -> None:
+def drain(crowd: Crowd | ProcessCrowd) -> None:
     """Wait until a crowd, of one process or of several, has nothing left to do."""
-    while getattr(crowd, "scheduler", crowd).unfinished:
+    work = crowd.scheduler if isinstance(crowd, Crowd) else crowd
+    while work.unfinished:
         time.sleep(0.005)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
+
+from soprano_cupy.crowd.device import Device, Entry
 
 
 class Waits:
@@ -23,19 +26,24 @@ class Waits:
         return float(idle / self._spans[-1][1].elapsed_ms(self._spans[0][0]))
 
     @contextmanager
-    def of(self, device: Any) -> Iterator[Waits]:
+    def of(self, device: Device) -> Iterator[Waits]:
         """Measure while the block runs. device: a `GpuDevice`; with any other, nothing is found."""
-        steps = getattr(device, "_steps", None)
-        if steps is None:
+        from soprano_cupy.gpu.crowd_device import GpuDevice
+
+        if not isinstance(device, GpuDevice):
             yield self
             return
+        steps = device._steps
         graph, enter = steps._graph, steps.enter
-        steps._graph = lambda rows: _Timed(graph(rows), self._spans)
-        steps.enter = lambda entries: _timed(self._spans, steps.stream.ptr, lambda: enter(entries))
-        try:
+
+        def timed_graph(rows: int) -> _Timed:
+            return _Timed(graph(rows), self._spans)
+
+        def timed_enter(entries: Sequence[Entry]) -> None:
+            _timed(self._spans, steps.stream.ptr, lambda: enter(entries))
+
+        with mock.patch.object(steps, "_graph", timed_graph), mock.patch.object(steps, "enter", timed_enter):
             yield self
-        finally:
-            steps._graph, steps.enter = graph, enter
 
 
 class _Timed:
@@ -48,7 +56,7 @@ class _Timed:
         _timed(self._spans, stream, lambda: self._graph.launch(stream))
 
 
-def _timed(spans: list[tuple[Any, Any]], stream: int, work: Any) -> None:
+def _timed(spans: list[tuple[Any, Any]], stream: int, work: Callable[[], None]) -> None:
     from soprano_cupy.gpu.program import Event
 
     begin, end = Event(timing=True), Event(timing=True)

@@ -17,16 +17,19 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import RESULTS, Row, machine_facts, timing, write_results
-from exchange_model import Model, bf16_bits, stream_of
-
+from benchmarks.common import RESULTS, Row, machine_facts, timing, write_results
+from benchmarks.exchange_model import Model, bf16_bits, stream_of
 from soprano_cupy.gpu import persistent_schedule as schedule
+
+if TYPE_CHECKING:
+    from soprano_cupy.cuda.module import Kernel
+    from soprano_cupy.gpu._driver import Program
 
 LAYERS = 17
 CONTEXT = 256
@@ -159,7 +162,7 @@ def run_candidate(
         words, error = cupy.zeros(1 << 20, cupy.uint64), cupy.zeros(4, cupy.uint32)
         stream_handle = cupy.cuda.Stream(non_blocking=True)
 
-        def program(rounds: int, layers: int) -> Any:
+        def program(rounds: int, layers: int) -> Program:
             params = np.zeros(1, PARAMS)
             for name, value in {
                 "stream": stream.data.ptr, "gains": gains.data.ptr, "head_gains": head_gains.data.ptr,
@@ -175,7 +178,7 @@ def run_candidate(
             )  # fmt: skip
             return _driver.Program([launch], [kernel.pointer], keep=kernel)
 
-        programs: dict[tuple[int, int], Any] = {}
+        programs: dict[tuple[int, int], Program] = {}
 
         def run(rounds: int, layers: int = LAYERS) -> float:
             if (rounds, layers) not in programs:
@@ -205,7 +208,8 @@ def run_candidate(
         if profile:
             return {"name": candidate.name, "profile": show_profile(run, words, s.blocks)}
         run(40)
-        begun, samples = time.perf_counter(), []
+        samples: list[float] = []
+        begun = time.perf_counter()
         while len(samples) < 20 or (time.perf_counter() - begun < seconds and len(samples) < 200):
             short, long = run(15), run(75)
             samples.append((long - short) / (60 * LAYERS))
@@ -226,7 +230,7 @@ PARAMS = np.dtype(
 )  # fmt: skip
 
 
-def load_kernel(source: str, name: str, defines: Any, shared_bytes: int) -> Any:
+def load_kernel(source: str, name: str, defines: tuple[tuple[str, int], ...], shared_bytes: int) -> Kernel:
     """Compiled, on the device, and allowed its shared memory and any cluster."""
     from soprano_cupy.cuda.module import load
     from soprano_cupy.gpu import _driver
@@ -237,7 +241,7 @@ def load_kernel(source: str, name: str, defines: Any, shared_bytes: int) -> Any:
     return kernel
 
 
-def co_resident(kernel: Any, blocks: int, shared_bytes: int, cluster: int) -> str | None:
+def co_resident(kernel: Kernel, blocks: int, shared_bytes: int, cluster: int) -> str | None:
     """Why the blocks would not all run at once; None when they do."""
     from soprano_cupy.cuda.module import device_facts
     from soprano_cupy.gpu import _driver
@@ -277,9 +281,9 @@ def run_words(case: tuple[str, int, int, int], seconds: float) -> dict[str, Any]
 
         def run(rounds: int) -> float:
             params = np.zeros(1, WORDS_PARAMS)
-            for field, value in zip(
-                WORDS_PARAMS.names, (words.data.ptr, error.data.ptr, output.data.ptr, rounds), strict=True
-            ):
+            for field, value in {
+                "words": words.data.ptr, "error": error.data.ptr, "output": output.data.ptr, "rounds": rounds,
+            }.items():  # fmt: skip
                 params[field] = value
             launch = Launch("experiments/words.cu", "words", defines, (blocks, 1, 1), 256, 200 * 1024, params.tobytes(),
                             programmatic=False)  # fmt: skip

@@ -65,7 +65,8 @@ class Model:
         cos, sin = np.cos(angles), np.sin(angles)
 
         def norm(v: np.ndarray, size: int) -> np.ndarray:
-            return 1 / np.sqrt((v * v).mean(axis=-1, keepdims=True) + 1e-6)
+            inverse: np.ndarray = 1 / np.sqrt((v * v).mean(axis=-1, keepdims=True) + 1e-6)
+            return inverse
 
         def turned(v: np.ndarray, gain: np.ndarray) -> np.ndarray:
             v = v * norm(v, s.head_dim) * gain

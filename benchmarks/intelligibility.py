@@ -65,7 +65,7 @@ def save(folder: Path, found: Iterator[Spoken], facts: dict[str, Any]) -> None:
     names = []
     for dtype, audio in found:
         names.append(dtype)
-        arrays = {str(i): np.frombuffer(samples, "<i2") for i, samples in enumerate(audio)}
+        arrays: dict[str, Any] = {str(i): np.frombuffer(samples, "<i2") for i, samples in enumerate(audio)}
         np.savez_compressed(folder / f"{dtype}.npz", **arrays)
     (folder / "facts.json").write_text(json.dumps({"facts": facts, "dtypes": names}))
 

@@ -220,7 +220,7 @@ def real_time_factor(decoder: Decoder, voices: int, tokens: int, device: str, re
     return voices * tokens * decoder.config.token_samples / SAMPLE_RATE_HZ / seconds
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # type: ignore[untyped-decorator]  # torch is not looked at where this is checked
 def measure(asked: dict[str, Any]) -> dict[str, Any]:
     folder, device, repeats = asked["folder"], asked["device"], asked["repeats"]
     config = ModelConfig.from_folder(folder)

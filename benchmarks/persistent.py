@@ -13,14 +13,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from common import RESULTS, Row, machine_facts, timing, write_results
-
+from benchmarks.common import RESULTS, Row, machine_facts, timing, write_results
 from soprano_cupy.checkpoint import open_language_model
 from soprano_cupy.config import ModelConfig
 from soprano_cupy.cuda.module import device_facts
@@ -29,11 +28,16 @@ from soprano_cupy.gpu import persistent, step
 from soprano_cupy.sampling import SamplingParams
 from soprano_cupy.testing import SOPRANO_1_1_80M, make_checkpoint
 
+if TYPE_CHECKING:
+    from soprano_cupy.gpu.qwen3 import GpuLanguageModel
+
 SAMPLINGS: dict[str, dict[str, Any]] = {"greedy": {}, "top-p": {"temperature": 0.3, "top_p": 0.95, "seed": 1}}
 LIMIT_US = 36.5  # 151 MB at 4.14 TB/s
 
 
-def time_run(model: Any, decoder: Any, requests: list[Request]) -> tuple[float, np.ndarray]:
+def time_run(
+    model: GpuLanguageModel, decoder: persistent.PersistentDecoder, requests: list[Request]
+) -> tuple[float, np.ndarray]:
     """Microseconds per step behind the first tokens, and the first voice's tokens."""
     from soprano_cupy.gpu._driver import Event
 
@@ -51,7 +55,7 @@ def time_run(model: Any, decoder: Any, requests: list[Request]) -> tuple[float, 
         return 1e3 * end.elapsed_ms(start) / (count - 1), np.array(batch.tokens[0, :count])
 
 
-def time_graph(model: Any, requests: list[Request]) -> tuple[float, np.ndarray]:
+def time_graph(model: GpuLanguageModel, requests: list[Request]) -> tuple[float, np.ndarray]:
     """The same by the graph path."""
     with model.borrowed(requests) as batch:
         batch.begin(requests, give_up=False)
@@ -124,7 +128,7 @@ def main() -> None:
 TOKEN_POINTS = ("head and its norm", "scores sent", "state sent", "token chosen", "token here", "taken")
 
 
-def profile(model: Any, prompt: np.ndarray, tokens: int) -> None:
+def profile(model: GpuLanguageModel, prompt: np.ndarray, tokens: int) -> None:
     """Cycles between the marks of the kernel behind the last layer: of the block that chooses, and of the others."""
     plain, persistent.scratch_words = persistent.kernel_defines, lambda shape: (1 << 19) + 4096
     persistent.kernel_defines = lambda *known: (*plain(*known), ("PROFILE", 1))
@@ -145,7 +149,7 @@ def profile(model: Any, prompt: np.ndarray, tokens: int) -> None:
             sys.stdout.write(f"    {name:20s} {mine:7.0f} {others:7.0f}\n")
 
 
-def several(model: Any, prompt: np.ndarray, tokens: int, counts: list[int]) -> list[Row]:
+def several(model: GpuLanguageModel, prompt: np.ndarray, tokens: int, counts: list[int]) -> list[Row]:
     """A few voices together, of different prompts, by the default grid and by the graph path."""
     rows = []
     decoder = persistent.PersistentDecoder(model.config, model._weights, model._facts, model.dtype)

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -47,6 +47,10 @@ from soprano_cupy.errors import OutputError
 from soprano_cupy.generation import Generation, Request, begin, generate
 from soprano_cupy.sampling import SamplingParams, penalise
 from soprano_cupy.testing import SOPRANO_1_1_80M, make_checkpoint
+
+if TYPE_CHECKING:
+    from soprano_cupy.gpu.persistent_path import PersistentPath
+    from soprano_cupy.gpu.qwen3 import GpuLanguageModel
 
 HANG_S = 20.0  # a request of at most 8 x 512 tokens takes a fifth of a second
 REMEMBERED = 20_000  # first occurrences
@@ -94,7 +98,7 @@ class Worker:
         self.ended: float | None = None
 
     def run(self, until: float) -> None:
-        while time.monotonic() < until and self.model.runner.persistent.failure is None:
+        while time.monotonic() < until and path_of(self.model).failure is None:
             key = self._choose()
             self.tally.since[self.name] = time.monotonic(), f"{self.name}: {key}"
             try:
@@ -105,8 +109,8 @@ class Worker:
                     break
         self.tally.since.pop(self.name, None)
         self.ended = time.monotonic()
-        if self.model.runner.persistent.failure is not None:
-            self.tally.count("fallbacks", complaint=f"{self.name}: {self.model.runner.persistent.failure}")
+        if path_of(self.model).failure is not None:
+            self.tally.count("fallbacks", complaint=f"{self.name}: {path_of(self.model).failure}")
 
     def _choose(self) -> tuple[int, ...]:
         """(seed of the prompts, voices, whether tokens are drawn): all that a request depends on."""
@@ -150,6 +154,11 @@ class Worker:
                     self.tally.count("mismatches", complaint=f"{key}: {complaint}")
 
 
+def path_of(model: Qwen3) -> PersistentPath:
+    """The persistent kernel of a model that `load` has found to have one."""
+    return cast("GpuLanguageModel", model.runner).persistent
+
+
 def digest_of(results: list[Generation]) -> bytes:
     """Of every token and every bit of every state."""
     digest = blake2b(digest_size=16)
@@ -186,9 +195,9 @@ def soak(options: argparse.Namespace, save: Save) -> Found:
     parent = os.getppid()
     tally = Tally()
     models, graphs = load(options)
-    voices = [n for n in options.voices if models[0].runner.persistent.problem(n, drawn=False) is None]
+    voices = [n for n in options.voices if path_of(models[0]).problem(n, drawn=False) is None]
     if not voices:
-        raise SystemExit(f"nothing to soak: {models[0].runner.persistent.describe()[0]}")
+        raise SystemExit(f"nothing to soak: {path_of(models[0]).describe()[0]}")
     begun = told = time.monotonic()
     workers = [
         Worker(f"model {m} thread {t}", options.seed + 1000 * m + t, model, graphs, voices, tally)

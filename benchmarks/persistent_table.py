@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,11 +23,14 @@ from soprano_cupy import Qwen3
 from soprano_cupy.cuda.module import device_facts
 from soprano_cupy.testing import SOPRANO_1_1_80M, make_checkpoint
 
+if TYPE_CHECKING:
+    from soprano_cupy.gpu.qwen3 import GpuLanguageModel
+
 STEPS = 50
 TEMPERATURES = {"greedy": 0.0, "drawn": 0.3}
 
 
-def measure(runner: Any, context: int, repeats: int) -> tuple[list[Row], list[str]]:
+def measure(runner: GpuLanguageModel, context: int, repeats: int) -> tuple[list[Row], list[str]]:
     """Rows, and the lines of the table."""
     rows, lines = [], []
     for kind, temperature in TEMPERATURES.items():
@@ -60,7 +63,7 @@ def main() -> None:
         model = Qwen3.load(named, "cuda", "auto")
     if not hasattr(model.runner, "persistent"):
         raise SystemExit(f"the GPU engine does not run here: {model.runner.reason}")
-    rows, lines = measure(model.runner, options.context, options.repeats)
+    rows, lines = measure(cast("GpuLanguageModel", model.runner), options.context, options.repeats)
     sys.stdout.write("\n".join([f"    {device_facts(0).capability}: {{", *lines, "    },", ""]))
     if options.out:
         write_results(options.out, "persistent_table", machine_facts(gpu=True), {}, rows, len(rows))

@@ -15,23 +15,25 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from attention_reference import assert_accurate, plain, reference  # noqa: E402
-from common import time_graph  # noqa: E402
+from attention_reference import assert_accurate, plain, reference
 
-from soprano_cupy.attention import flash, prefill  # noqa: E402
-from soprano_cupy.attention.arguments import check  # noqa: E402
-from soprano_cupy.attention.launch import LaunchPlan  # noqa: E402
-from soprano_cupy.cuda.module import device_facts  # noqa: E402
+from benchmarks.common import time_graph
+from soprano_cupy.attention import flash, prefill
+from soprano_cupy.attention.arguments import check
+from soprano_cupy.attention.launch import LaunchPlan
+from soprano_cupy.cuda.module import device_facts
 
 SHAPES = ((1, 16), (1, 64), (1, 128), (1, 256), (1, 512), (1, 1024), (1, 2048), (1, 4096), (1, 8192), (1, 16384),
           (8, 64), (8, 256), (8, 1024), (64, 64), (64, 256), (512, 64))  # fmt: skip
 RAGGED = ((1, 65, 300), (17, 130, 64))  # lengths of packed sequences
 
 
-def tile(rows: tuple[int, int], warps_n: int, keys: int, stages: int, q_in_registers: bool, blocks: int) -> Any:
+def tile(
+    rows: tuple[int, int], warps_n: int, keys: int, stages: int, q_in_registers: bool, blocks: int
+) -> prefill.Tile:
     return prefill.Tile(*rows, warps_n, keys, stages, q_in_registers, blocks, "a candidate")
 
 
@@ -63,7 +65,7 @@ CANDIDATES = {
 }
 
 
-def candidates(head_dim: int, capability: tuple[int, int]) -> list[Any]:
+def candidates(head_dim: int, capability: tuple[int, int]) -> list[prefill.Tile]:
     """The table's tiles and the candidates that fit this GPU, each shape once."""
     tables = (prefill.WIDE, prefill.BALANCED, prefill.MEDIUM, prefill.NARROW)
     every = [t for table in tables for t in table[head_dim]] + CANDIDATES[head_dim]
@@ -71,7 +73,7 @@ def candidates(head_dim: int, capability: tuple[int, int]) -> list[Any]:
     return list(reversed(shapes.values()))
 
 
-def label(found: Any) -> str:
+def label(found: prefill.Tile) -> str:
     q = "r" if found.q_in_registers else "s"
     return f"{found.rows}x{found.block_keys} {found.warps_m}/{found.row_tiles}/{found.warps_n} st{found.stages} q{q}"
 
@@ -89,7 +91,7 @@ def on_host(array: Any) -> Any:
     return array.view(np.uint16).get().view(array.dtype) if array.dtype.itemsize == 2 else array.get()
 
 
-def plan_for(found: Any, options: argparse.Namespace) -> LaunchPlan:
+def plan_for(found: prefill.Tile, options: argparse.Namespace) -> LaunchPlan:
     common = (("HEAD_DIM", options.head_dim), ("GROUP", options.heads // options.kv_heads),
               ("CAUSAL", int(not options.full)), (prefill.DTYPE_DEFINES[options.dtype], 1))  # fmt: skip
     return prefill.tensor_core_plan(found, options.head_dim, common)
@@ -104,7 +106,7 @@ def check_tile(plan: LaunchPlan, options: argparse.Namespace) -> str:
         q, k, v = (random_array((sum(lengths), n, options.head_dim), options.dtype, i) for i, n in enumerate(heads))
         problem = check(q, k, v, causal=not options.full, cu_seqlens=starts)
         out = on_host(flash.launch("prefill", plan, problem, facts))
-        call = {"causal": not options.full, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+        call: dict[str, Any] = {"causal": not options.full, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
         inputs = [on_host(array) for array in (q, k, v)]
         try:
             assert_accurate(out, reference(*inputs, **call)[0], plain(*inputs, **call))

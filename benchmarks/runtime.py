@@ -33,7 +33,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,6 +44,10 @@ from benchmarks.common import RESULTS, Row, free_memory, gpu_limits, machine_fac
 from benchmarks.runtime_measure import FULL, QUICK, SMOKE, Sizes, Subject
 from soprano_cupy import SopranoTTS
 from soprano_cupy.errors import SopranoError
+from soprano_cupy.runner import DecoderRunner, LanguageModelRunner
+
+if TYPE_CHECKING:
+    from soprano_cupy.gpu.persistent_path import PersistentPath
 
 PARTS = ("step", "first_audio", "voice", "vocos", "throughput", "memory", "cold_start")
 
@@ -167,9 +171,12 @@ class Run:
 
 def paths(tts: SopranoTTS) -> dict[str, str]:
     """Which implementations ran, and why."""
-    runners = {"language_model": tts.engine.language_model, "decoder": tts.engine.decoder}
+    runners: dict[str, LanguageModelRunner | DecoderRunner] = {
+        "language_model": tts.engine.language_model,
+        "decoder": tts.engine.decoder,
+    }
     facts = {name: f"{type(runner).__name__}, {runner.dtype}: {runner.reason}" for name, runner in runners.items()}
-    path = getattr(tts.engine.language_model, "persistent", None)
+    path: PersistentPath | None = getattr(tts.engine.language_model, "persistent", None)
     return facts if path is None else facts | {"tokens": "; ".join(path.describe())}
 
 

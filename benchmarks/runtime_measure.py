@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from soprano_cupy.config import SAMPLE_RATE_HZ, DecoderConfig, ModelConfig
 from soprano_cupy.device import array_module
 from soprano_cupy.pipeline import SopranoTTS
 from soprano_cupy.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from soprano_cupy.gpu.persistent_path import PersistentPath
 
 MOST_OF_FREE_MEMORY = 0.7  # what a batch's caches may take of it
 BLOCK_STEPS = 50
@@ -132,7 +135,7 @@ def seconds_of(call: Callable[[], Any]) -> float:
 def ways(subject: Subject, voices: int, measure: Callable[[], Row]) -> Iterator[Row]:
     """The row as things are by default; then, where few voices have two ways, again by each: /graph, /persistent."""
     yield measure()
-    path = getattr(subject.tts.engine.language_model, "persistent", None)
+    path: PersistentPath | None = getattr(subject.tts.engine.language_model, "persistent", None)
     if path is None or path.setting == "0" or path.failure is not None:
         return
     before = path.setting

@@ -38,7 +38,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -48,10 +47,11 @@ from benchmarks.crowd_run import HUSHED, Save, run
 from benchmarks.random_text import sentences
 from soprano_cupy import SopranoTTS
 from soprano_cupy.config import ModelConfig
-from soprano_cupy.crowd.crowd import SWITCH_S
+from soprano_cupy.crowd.crowd import SWITCH_S, Crowd
 from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.plan import CrowdPlan, only_this, post
 from soprano_cupy.crowd.processes import ProcessCrowd
+from soprano_cupy.crowd.speech import Speech
 from soprano_cupy.pipeline import max_text_length
 from soprano_cupy.reader import Reader
 from soprano_cupy.sampling import SamplingParams
@@ -86,7 +86,11 @@ class Texts:
 
 
 def under_load(
-    crowd: Any, submit: Callable[[str, SamplingParams], Any], most: int, options: argparse.Namespace, wait: Wait
+    crowd: Crowd | ProcessCrowd,
+    submit: Callable[[str, SamplingParams], Speech],
+    most: int,
+    options: argparse.Namespace,
+    wait: Wait,
 ) -> Measured:
     """What a crowd makes of texts once `wait` has returned, with `most` of them on their way."""
     texts = Texts(SMOKE_TOKENS if options.smoke else TOKENS)
@@ -100,7 +104,7 @@ def under_load(
     return Measured(speeds(marks), host_us(marks), each)
 
 
-def spoken(crowd: Any) -> list[int]:
+def spoken(crowd: Crowd | ProcessCrowd) -> list[int]:
     """Requests that each process has done: those that it was sent but for those that are still there."""
     if not isinstance(crowd, ProcessCrowd):
         return []
@@ -116,9 +120,9 @@ def in_process(options: argparse.Namespace, folder: Path) -> Measured:
     with SopranoTTS(
         folder, device=device, max_batch=options.batch, max_queue=1 << 20, invariant=options.invariant
     ) as tts:
-        crowd: Any = tts._opened()
+        crowd = tts._opened()
 
-        def submit(text: str, params: SamplingParams) -> Any:
+        def submit(text: str, params: SamplingParams) -> Speech:
             return crowd.submit(tts._reader.read(text, params), WISH)
 
         return under_load(crowd, submit, 2 * options.batch + 8, options, lambda: None)
@@ -135,7 +139,7 @@ def in_processes(
         if len(crowd.devices) < gpus:
             raise SystemExit(f"only {len(crowd.devices)} of {gpus} processes could be started")
 
-        def submit(text: str, params: SamplingParams) -> Any:
+        def submit(text: str, params: SamplingParams) -> Speech:
             return crowd.submit(reader.read(text, params), WISH) if prepared else crowd.submit_text(text, params, WISH)
 
         return under_load(crowd, submit, gpus * (2 * options.batch + 8), options, wait)

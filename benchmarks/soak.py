@@ -46,7 +46,8 @@ from benchmarks.soak_requests import DEADLINES, Asked, Tally, Wanted, draw
 from soprano_cupy import Busy, SopranoError, SopranoTTS
 from soprano_cupy.config import SAMPLE_RATE_HZ
 from soprano_cupy.crowd import plan
-from soprano_cupy.crowd.crowd import SWITCH_S
+from soprano_cupy.crowd.crowd import SWITCH_S, Crowd
+from soprano_cupy.crowd.processes import ProcessCrowd
 from soprano_cupy.crowd.speech import Speech
 from soprano_cupy.testing import SOPRANO_1_1_80M, TINY, make_checkpoint
 
@@ -248,7 +249,8 @@ def kill_a_process(tts: SopranoTTS, rng: random.Random) -> None:
     """Kill one of the processes that serve the devices."""
     import signal
 
-    pids = getattr(tts._opened(), "pids", [])
+    crowd = tts._opened()
+    pids = crowd.pids if isinstance(crowd, ProcessCrowd) else []
     if len(pids) > 1:
         os.kill(rng.choice(pids), signal.SIGKILL)
 
@@ -260,7 +262,7 @@ def quiet(tts: SopranoTTS, count: int, longest: int, seed: int) -> list[tuple[Wa
     return [(one, one.submit(tts).result(120)) for one in wanted]
 
 
-def all_back(crowd: Any, count: int) -> int:
+def all_back(crowd: Crowd | ProcessCrowd, count: int) -> int:
     """The devices that work, once all do, or after a while."""
     end = time.monotonic() + BACK_S
     while len(crowd.devices) < count and time.monotonic() < end:
@@ -311,8 +313,8 @@ def soak(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         known = quiet(tts, options.samples, options.longest, options.seed)
         ready_s = time.perf_counter() - begin
         say(f"{len(known)} requests were spoken quietly; {ready_s:.1f} s since the start")
-        crowd: Any = tts._opened()
-        memory = Memory(options.devices, lambda: getattr(crowd, "pids", []))
+        crowd = tts._opened()
+        memory = Memory(options.devices, lambda: crowd.pids if isinstance(crowd, ProcessCrowd) else [])
         planned, kills = plan_faults(options)
         run = Soak(tts, known, options)
         begin = time.perf_counter()

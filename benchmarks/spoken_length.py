@@ -6,19 +6,23 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from unittest import mock
 
 
 @contextmanager
 def held_to(tokens: int) -> Iterator[None]:
-    """`SopranoTTS` speaks at most `tokens` tokens of a sentence while the context lasts, and does not warn of it."""
-    from soprano_cupy import pipeline
+    """`infer` and its like speak at most `tokens` tokens of a sentence while the context lasts, and do not warn of it.
 
-    exact, complaints = pipeline.SamplingParams, logging.getLogger("soprano_cupy.engine")
+    They make their `SamplingParams` by the name that the pipeline's module has for them.
+    """
+    from soprano_cupy import pipeline
+    from soprano_cupy.sampling import SamplingParams
+
+    complaints = logging.getLogger("soprano_cupy.engine")
     level = complaints.level
-    pipeline.SamplingParams = partial(exact, max_new_tokens=tokens)  # type: ignore[assignment,misc]
     complaints.setLevel(logging.ERROR)
     try:
-        yield
+        with mock.patch.object(pipeline, "SamplingParams", partial(SamplingParams, max_new_tokens=tokens)):
+            yield
     finally:
-        pipeline.SamplingParams = exact  # type: ignore[misc]
         complaints.setLevel(level)

@@ -23,7 +23,8 @@ def halve_rate(samples: np.ndarray) -> np.ndarray:
 
 def to_recogniser(samples: np.ndarray) -> bytes:
     """32 kHz floats as 16 kHz 16-bit little-endian mono."""
-    return (np.clip(halve_rate(samples), -1, 1) * 32767).astype("<i2").tobytes()
+    values: np.ndarray = np.clip(halve_rate(samples), -1, 1) * 32767
+    return values.astype("<i2").tobytes()
 
 
 def words(text: str) -> list[str]:

@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,8 @@ sys.path.insert(0, str(PROJECT))
 from benchmarks.common import Row  # noqa: E402
 from benchmarks.crowd_plot import latency_lines, throughput_lines  # noqa: E402
 from benchmarks.crowd_waits import Waits  # noqa: E402
+from soprano_cupy.gpu.crowd_device import GpuDevice  # noqa: E402
+from soprano_cupy.gpu.crowd_steps import CrowdSteps  # noqa: E402
 
 
 def test_smoke(tmp_path: Path) -> None:
@@ -72,3 +76,42 @@ def test_waits_are_what_lies_between_works() -> None:
     assert waits.share() is None
     waits._spans = [(At(0), At(2)), (At(3), At(5)), (At(5), At(9))]
     assert waits.share() == pytest.approx(1 / 9)
+
+
+def test_waits_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps and entries lie between events while the block runs; other devices are left as they are."""
+    done: list[str] = []
+    count = iter(range(100))
+
+    class Event:
+        def __init__(self, *, timing: bool) -> None:
+            assert timing
+
+        def record(self, stream: int) -> None:
+            self.at = next(count)
+            done.append(f"event on {stream}")
+
+        def elapsed_ms(self, start: Event) -> float:
+            return float(self.at - start.at)
+
+        def synchronize(self) -> None: ...
+
+    monkeypatch.setattr("soprano_cupy.gpu.program.Event", Event)
+    monkeypatch.setattr(CrowdSteps, "_graph", lambda _, rows: SimpleNamespace(launch=lambda _: done.append("step")))
+    monkeypatch.setattr(CrowdSteps, "enter", lambda _, entries: done.append("entry"))
+    steps, device = object.__new__(CrowdSteps), object.__new__(GpuDevice)
+    steps.stream = SimpleNamespace(ptr=7)
+    device._steps = steps
+    waits = Waits()
+    with waits.of(device):
+        steps.enter([])
+        steps._graph(8).launch(7)
+    assert done == ["event on 7", "entry", "event on 7", "event on 7", "step", "event on 7"]
+    assert waits.share() == pytest.approx(1 / 3)
+    steps.enter([])
+    steps._graph(8).launch(7)
+    assert done[6:] == ["entry", "step"]
+    none: Any = SimpleNamespace()
+    with Waits().of(none) as left:
+        pass
+    assert left.share() is None

@@ -22,6 +22,8 @@ from soprano_cupy import SopranoTTS
 from soprano_cupy.config import MAX_NEW_TOKENS
 from soprano_cupy.cpu.qwen3 import CpuLanguageModel
 from soprano_cupy.cpu.vocos import CpuDecoder
+from soprano_cupy.gpu.qwen3 import GpuLanguageModel
+from soprano_cupy.gpu.vocos import GpuDecoder
 from soprano_cupy.testing import (
     TINY,
     TINY_DECODER,
@@ -170,14 +172,22 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_sentences_held_to_a_length(endless: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from soprano_cupy import pipeline
-
+    text = "A sentence of some length."
     tts = SopranoTTS(endless, "cpu")
     with held_to(9):
-        assert len(tts.infer("A sentence of some length.")) == 8 * 2048
-        assert sum(map(len, tts.infer_stream("A sentence of some length."))) == 8 * 2048
+        assert len(tts.infer(text)) == 8 * 2048
+        assert [len(samples) for samples in tts.infer_batch([text, text])] == [8 * 2048] * 2
+        assert sum(map(len, tts.infer_stream(text))) == 8 * 2048
     assert caplog.messages == []
-    assert pipeline.SamplingParams().max_new_tokens == MAX_NEW_TOKENS
+    assert len(tts.infer(text)) == (MAX_NEW_TOKENS - 1) * 2048
+    assert len(caplog.messages) == 1  # that it was cut off
+
+
+def test_what_is_looked_up_by_name_is_there() -> None:
+    """Benchmarks leave out what an engine does not have, so that a name of the GPU engine's may not change alone."""
+    for name in ("persistent", "profile", "benchmark_step"):
+        assert hasattr(GpuLanguageModel, name)
+    assert hasattr(GpuDecoder, "decode_pcm16")
 
 
 def test_context_that_a_stream_needs(endless: Path) -> None:
