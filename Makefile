@@ -15,7 +15,7 @@ BUILT_FROM := pyproject.toml setup.py $(wildcard soprano_cupy/[cg]pu/build.py so
 C_SOURCES = $(shell find kernels soprano_cupy/[cg]pu/csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.[ch]' \
 	-o -name '*.[ch]pp')
 BENCHMARKS = benchmarks/parity.py benchmarks/attention.py benchmarks/launch.py benchmarks/runtime.py \
-	benchmarks/persistent.py benchmarks/crowd.py
+	benchmarks/persistent.py benchmarks/crowd.py benchmarks/several_gpus.py
 
 .PHONY: help speak test lint format test-gpu sanitize-gpu bench-gpu wheel clean
 

@@ -1,6 +1,6 @@
 """Several GPUs of one machine behind one `submit`: throughput with 1 and with N, texts in and samples out.
 
-    python benchmarks/several_gpus.py [--gpus 1,2] [--batch 512] [--seconds 6] [--device cuda] [--share] [--smoke]
+    python benchmarks/several_gpus.py [--gpus 1,2,...] [--batch 1024] [--seconds 2] [--device cuda] [--share] [--smoke]
                                       [--model FOLDER] [--invariant] [--out FILE]
 
 Texts are random words of 20 to 200 characters; each is held to between 40 and 200 tokens, 120 on average: 7.7 s of
@@ -246,6 +246,14 @@ def measure(options: argparse.Namespace, folder: Path, save: Save) -> None:
             add(spread(f"several/apart{gpus}/front", [us for front in fronts for us in front.host_us], "us"))
 
 
+def numbers_here() -> list[int]:
+    """1, 2, 4 and on, as many GPUs as there are."""
+    import cupy
+
+    count = cupy.cuda.runtime.getDeviceCount()
+    return [1 << power for power in range(int(count).bit_length())]
+
+
 def main() -> int:
     def numbers(text: str) -> list[int]:
         return [int(word) for word in text.split(",") if word]
@@ -253,10 +261,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, to try the program itself")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
-    parser.add_argument("--gpus", type=numbers, default=[1, 2])
+    parser.add_argument("--gpus", type=numbers, help="1, 2, 4, ... of those that there are by default")
     parser.add_argument("--share", action="store_true", help="all processes on one GPU")
-    parser.add_argument("--batch", type=int, default=512, help="sentences at once on a GPU")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement")
+    parser.add_argument("--batch", type=int, default=1024, help="sentences at once on a GPU")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--invariant", action="store_true")
     parser.add_argument("--one-front", action="store_true", help=argparse.SUPPRESS)  # see `apart`
@@ -267,6 +275,8 @@ def main() -> int:
     sys.setswitchinterval(SWITCH_S)
     if options.one_front:
         return one_front(options)
+    if options.gpus is None:
+        options.gpus = [1, 2] if options.share or options.device == "cpu" else numbers_here()
     return run(options, "several-gpus", {}, measure)
 
 
