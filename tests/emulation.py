@@ -2,7 +2,7 @@
 
 The source is compiled by the host's C++ compiler against `kernels/emulation/device.cuh`, which turns every thread
 into a fiber and checks what a GPU would only sometimes show: races, accesses out of bounds, lanes that diverge,
-barriers that are never reached, copies read before they landed (`kernels/emulation/machine.cpp`).
+barriers that are never reached, copies read before they landed (`kernels/emulation/machine.hpp`).
 
     library = emulation.build("attention_prefill.cu", {"HEAD_DIM": 64, "GROUP": 4, "CAUSAL": 1, "DTYPE_BF16": 1})
     params, buffers = emulation.attention_params(q, k, v, out, lse, ...)
@@ -168,9 +168,9 @@ def _compile(arguments: Sequence[str]) -> None:
 
 @functools.cache
 def _machine_object() -> Path:
-    """The emulated machine itself, compiled once for the session."""
+    """The emulated machine itself, compiled once for the session: its parts linked into one object."""
     target = _build_folder() / "machine.o"
-    _compile(["-O2", "-c", str(EMULATION / "machine.cpp"), "-o", str(target)])
+    _compile(["-O2", "-r", *map(str, sorted(EMULATION.glob("machine*.cpp"))), "-o", str(target)])
     return target
 
 
