@@ -1,4 +1,4 @@
-"""Measures of error that the tests share."""
+"""Measures of error, and of equality, that the tests share."""
 
 from __future__ import annotations
 
@@ -21,3 +21,8 @@ def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     bits = np.asarray(values, np.float32).view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
     return rounded.astype(np.uint32).view(np.float32).astype(values.dtype)
+
+
+def same_bits(first: np.ndarray, second: np.ndarray) -> bool:
+    """Of one shape, and every byte the same: NaN equals NaN, and -0 is not 0."""
+    return first.shape == second.shape and first.tobytes() == second.tobytes()

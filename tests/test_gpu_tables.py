@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import emulation
 import numpy as np
 import pytest
 import tables_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from struct_layouts import compiled_layout, numpy_layout
 
 from soprano_cupy import ParameterError
 from soprano_cupy.crowd.device import Entry
@@ -57,22 +57,7 @@ STRUCTS = {"VocosSegment": SEGMENT, "VocosToken": TOKEN, "VocosRow": ROW, "Vocos
 
 def test_layouts_are_those_of_the_kernels(tmp_path: Path) -> None:
     """Offsets of all fields and the sizes, as the kernels' compiler sees them."""
-    places = [f"offsetof({name}, {field})" for name, dtype in STRUCTS.items() for field in dtype.names or ()]
-    places += [f"sizeof({name})" for name in STRUCTS]
-    stores = "".join(f"store_global<int>(p.out + {i}, {place});\n" for i, place in enumerate(places))
-    probe = tmp_path / "probe.cu"
-    probe.write_text(
-        '#include <cstddef>\n#include "device.cuh"\n#include "vocos_params.cuh"\n'
-        "struct Probe { int* out; long long unused[2]; };\n"
-        f'extern "C" void probe(Probe p) {{\nif (threadIdx.x != 0) return;\n{stores}}}\n',
-        encoding="utf-8",
-    )
-    out = np.zeros(len(places), np.int32)
-    params = np.array([out.ctypes.data, 0, 0], np.uint64).tobytes()
-    library = emulation.build(probe, {"DTYPE_BF16": 1})
-    library.launch("probe", params, grid=(1, 1, 1), threads=32, shared_bytes=16)
-    expected = [offset for dtype in STRUCTS.values() for _, offset in (dtype.fields or {}).values()]
-    assert out.tolist() == [*expected, *(dtype.itemsize for dtype in STRUCTS.values())]
+    assert compiled_layout(tmp_path, "vocos_params.cuh", STRUCTS) == numpy_layout(STRUCTS)
 
 
 def without_a_field(dtype: np.dtype) -> np.dtype:
