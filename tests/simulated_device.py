@@ -10,6 +10,7 @@ import numpy as np
 
 from soprano_cupy.crowd.device import FAILED, NOT_WATCHED, RUNNING, STOP, STUCK, Audio, Entry, News, Order, Report
 from soprano_cupy.crowd.driver import Driver
+from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.scheduler import Scheduler
 from soprano_cupy.errors import DeviceError
 from soprano_cupy.generation import Request
@@ -32,6 +33,17 @@ def audio_of(request: Request, attempt: int = 0) -> np.ndarray:
     job, index, tokens, _ = request.ids[:4].tolist()
     places = np.arange(max(0, tokens - 2) * TOKEN_SAMPLES)
     return (((job * 64 + index) * 1024 + places) * 2 + attempt % 2).astype(np.float64)
+
+
+def requests(job: int, sizes: list[tuple[int, int]]) -> list[Request]:
+    """A job's sentences, of (tokens, stuck attempts) each."""
+    return [sentence(job, i, tokens, stuck) for i, (tokens, stuck) in enumerate(sizes)]
+
+
+def expected(wanted: list[Request], wish: Wish) -> np.ndarray:
+    """What is heard: of each sentence the first attempt that is not stuck, or the last."""
+    attempts = [min(int(r.ids[3]), wish.retries) for r in wanted]
+    return np.concatenate([audio_of(r, attempt) for r, attempt in zip(wanted, attempts, strict=True)])
 
 
 @dataclass
@@ -259,3 +271,12 @@ class Stage:
             if not self.turn() and not self.scheduler.unfinished:
                 return
         raise AssertionError(f"{self.scheduler.unfinished} requests are not done after {turns} turns")
+
+
+def idle(stage: Stage) -> None:
+    """Every slot is free again."""
+    for driver in stage.working:
+        assert driver.free == driver.slots
+        assert isinstance(driver.device, SimulatedDevice)
+        assert driver.device.used == 0
+    assert stage.scheduler.unfinished == stage.scheduler.waiting == 0
