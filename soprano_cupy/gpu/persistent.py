@@ -67,7 +67,7 @@ VOICE = np.dtype(
 
 
 def params_dtype(voices: int) -> np.dtype[Any]:
-    """PersistentParams of persistent_head.cuh, field by field; it begins with LayerParams of persistent_layer.cuh."""
+    """PersistentParams of persistent_head.cuh, field by field, from LayerParams (persistent_layer_params.cuh) on."""
     return np.dtype(
         [(name, np.uint64) for name in ("stream", "gains", "head_gains", "rope")]
         + [("keys", np.uint64, voices), ("values", np.uint64, voices), ("words", np.uint64), ("error", np.uint64)]
