@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,15 @@ from soprano_cupy.generation import Generation, Request
 from soprano_cupy.sampling import SamplingParams
 
 VOCAB = 20
+
+
+@pytest.fixture(autouse=True)
+def what_is_logged_stays() -> Iterator[None]:
+    """The program hushes the package; the tests that follow want to hear it."""
+    logger = logging.getLogger("soprano_cupy")
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def made(tokens: list[int], shift: float = 0.0) -> Generation:
