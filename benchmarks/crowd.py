@@ -36,33 +36,28 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Row
-from benchmarks.crowd_load import Load, drain, speeds
+from benchmarks.crowd_load import REPEATS, Load, Texts, drain, speeds
 from benchmarks.crowd_run import Save, run
 from benchmarks.crowd_waits import Waits
-from benchmarks.random_text import sentences
 from soprano_cupy import Busy, SopranoTTS
 from soprano_cupy.config import SAMPLE_RATE_HZ, TOKEN_SAMPLES
 from soprano_cupy.crowd.crowd import Crowd
 from soprano_cupy.crowd.job import Wish
 from soprano_cupy.crowd.speech import Speech
 from soprano_cupy.generation import Request
-from soprano_cupy.sampling import SamplingParams
 
 LIMIT = 83_000.0  # times real time, of an H200: the arithmetic of both networks at the rates it reaches
-TOKENS = (40, 200)  # of a sentence
 BATCHES, STREAMS = (1, 8, 64, 256, 512, 1024, 2048), (1, 10, 100, 500, 1000, 2000, 5000)
 PERCENTILES = (50, 95, 99)
 LEAST_ARRIVALS = 10.0  # a second
-REPEATS = 3
 
 
 class Subject:
     """A voice, crowds of it, and sentences for it."""
 
-    def __init__(self, folder: Path, device: str, batch: int, *, invariant: bool, tokens: tuple[int, int]):
+    def __init__(self, folder: Path, device: str, batch: int, *, invariant: bool, smoke: bool) -> None:
         self.tts = SopranoTTS(folder, device=device, max_batch=batch, max_queue=1 << 20, invariant=invariant)
-        self._random, self._tokens = random.Random(5), tokens
-        self.texts = sentences(4096, seed=3)
+        self.texts = Texts(smoke=smoke)
 
     def crowd(self) -> Crowd:
         crowd = self.tts._opened()
@@ -80,10 +75,9 @@ class Subject:
         """Measure how the GPU waits for the host."""
         return waits.of(self.crowd().devices[0])
 
-    def request(self, text: str) -> list[Request]:
-        """A text's sentences, each as long as the same draw says."""
-        tokens, seed = self._random.randint(*self._tokens), self._random.getrandbits(32)
-        return self.tts._reader.read(text, SamplingParams(temperature=0.3, seed=seed, max_new_tokens=tokens))
+    def request(self) -> list[Request]:
+        """The next text's sentences, each as long as the same draw says."""
+        return self.tts._reader.read(*self.texts.draw())
 
     def memory(self) -> int:
         """Bytes of a GPU that the crowd's buffers take."""
@@ -103,7 +97,7 @@ def throughput(
 ) -> list[float]:
     """Seconds of sound in a second of a full house, from the middle of many sentences, some times in a row."""
     crowd, wish = subject.crowd(), Wish(pcm=True)
-    wanted = iter(lambda: subject.request(subject._random.choice(subject.texts)), None)
+    wanted = iter(subject.request, None)
     if not text_in:
         wanted = cycle([next(wanted) for _ in range(min(2048, 4 * batch))])
     settle()
@@ -147,9 +141,9 @@ class Heard(Speech):
 def live(subject: Subject, streams: int, seconds: float) -> tuple[list[Listener], int]:
     """Listeners that arrive at random so that `streams` are there at a time; and how many were refused."""
     crowd = subject.crowd()
-    mean_s = sum(subject._tokens) / 2 * TOKEN_SAMPLES / SAMPLE_RATE_HZ
+    mean_s = subject.texts.mean_tokens * TOKEN_SAMPLES / SAMPLE_RATE_HZ
     rng = random.Random(streams)
-    ready = [subject.request(subject._random.choice(subject.texts)) for _ in range(256)]
+    ready = [subject.request() for _ in range(256)]
     listeners: list[Listener] = []
     refused = 0
     settle()
@@ -183,7 +177,7 @@ def cancel_ms(subject: Subject, times: int) -> list[float]:
     assert driver is not None
     found = []
     for _ in range(times):
-        speech = crowd.submit(subject.request(subject.texts[0])[:1], Wish(stream=True))
+        speech = crowd.submit(subject.request()[:1], Wish(stream=True))
         next(iter(speech), None)
         begin = time.perf_counter()
         speech.cancel()
@@ -215,14 +209,13 @@ def live_rows(subject: Subject, streams: int, seconds: float) -> Iterator[Row]:
 def measure(options: argparse.Namespace, folder: Path, save: Save) -> None:
     """All rows; what there is is saved after each voice, whatever comes later."""
     rows: list[Row] = []
-    tokens = (6, 20) if options.smoke else TOKENS
 
     def add(row: Row) -> None:
         rows.append(row)
         sys.stdout.write(f"{row.case:44} {row.value:12.4g} {row.unit} {row.peer or ''}\n")
         sys.stdout.flush()
 
-    subject = Subject(folder, options.device, options.live_batch, invariant=options.invariant, tokens=tokens)
+    subject = Subject(folder, options.device, options.live_batch, invariant=options.invariant, smoke=options.smoke)
     with subject.tts:
         for batch in options.batches:
             subject.resize(batch)

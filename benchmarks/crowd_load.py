@@ -1,7 +1,8 @@
-"""A crowd that always has enough to do, and how much it makes meanwhile."""
+"""Texts for a crowd that always has enough to do, and how much it makes meanwhile."""
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,9 +11,30 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from benchmarks.random_text import sentences
 from soprano_cupy.config import SAMPLE_RATE_HZ
 from soprano_cupy.crowd.crowd import Crowd
 from soprano_cupy.crowd.processes import ProcessCrowd
+from soprano_cupy.sampling import SamplingParams
+
+TOKENS, SMOKE_TOKENS = (40, 200), (6, 20)  # of a sentence
+REPEATS = 3  # measurements in a row
+
+
+class Texts:
+    """Texts and their parameters, drawn at random, the same for all who ask."""
+
+    def __init__(self, *, smoke: bool) -> None:
+        self._texts, self._random = sentences(4096, seed=3), random.Random(5)
+        self._tokens = SMOKE_TOKENS if smoke else TOKENS
+
+    @property
+    def mean_tokens(self) -> float:
+        return sum(self._tokens) / 2
+
+    def draw(self) -> tuple[str, SamplingParams]:
+        tokens, seed = self._random.randint(*self._tokens), self._random.getrandbits(32)
+        return self._random.choice(self._texts), SamplingParams(temperature=0.3, seed=seed, max_new_tokens=tokens)
 
 
 @dataclass(frozen=True)

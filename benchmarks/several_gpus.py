@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import subprocess
 import sys
 import time
@@ -42,9 +41,8 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Row
-from benchmarks.crowd_load import Load, drain, host_us, speeds
+from benchmarks.crowd_load import REPEATS, Load, Texts, drain, host_us, speeds
 from benchmarks.crowd_run import HUSHED, Save, run
-from benchmarks.random_text import sentences
 from soprano_cupy import SopranoTTS
 from soprano_cupy.config import ModelConfig
 from soprano_cupy.crowd.crowd import SWITCH_S, Crowd
@@ -57,10 +55,7 @@ from soprano_cupy.reader import Reader
 from soprano_cupy.sampling import SamplingParams
 from soprano_cupy.tokenizer import Tokenizer
 
-TOKENS = (40, 200)  # of a sentence
-SMOKE_TOKENS = (6, 20)
 WISH = Wish(pcm=True)
-REPEATS = 3
 
 Wait = Callable[[], None]
 
@@ -74,17 +69,6 @@ class Measured:
     spoken: list[int]
 
 
-class Texts:
-    """Texts and their parameters, drawn at random, the same for all who ask."""
-
-    def __init__(self, tokens: tuple[int, int]) -> None:
-        self._texts, self._random, self._tokens = sentences(4096, seed=3), random.Random(5), tokens
-
-    def draw(self) -> tuple[str, SamplingParams]:
-        tokens, seed = self._random.randint(*self._tokens), self._random.getrandbits(32)
-        return self._random.choice(self._texts), SamplingParams(temperature=0.3, seed=seed, max_new_tokens=tokens)
-
-
 def under_load(
     crowd: Crowd | ProcessCrowd,
     submit: Callable[[str, SamplingParams], Speech],
@@ -93,7 +77,7 @@ def under_load(
     wait: Wait,
 ) -> Measured:
     """What a crowd makes of texts once `wait` has returned, with `most` of them on their way."""
-    texts = Texts(SMOKE_TOKENS if options.smoke else TOKENS)
+    texts = Texts(smoke=options.smoke)
     with Load(lambda: submit(*texts.draw()), most) as load:
         time.sleep(0.6 * options.seconds)
         wait()
