@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
 from typing import Any
@@ -57,6 +58,17 @@ def resolve_device(device: str = "auto") -> tuple[str, str]:
     if index >= count:
         raise DeviceError(f"device {device} does not exist: this machine has cuda:0 to cuda:{count - 1}")
     return f"cuda:{index}", "asked for" if device != "auto" else "a CUDA device works"
+
+
+def resolve_devices(devices: Sequence[str], called: str) -> list[str]:
+    """Each by `resolve_device`, for work that they share; `ParameterError` where one is named twice.
+
+    called: what the caller knows the devices as, in that message.
+    """
+    names = [resolve_device(device)[0] for device in devices]
+    if len(set(names)) < len(names):
+        raise ParameterError(f"{called} names the same device twice ({', '.join(names)}); name each once")
+    return names
 
 
 def cuda_index(device: str) -> int:

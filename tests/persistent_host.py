@@ -9,6 +9,7 @@ from typing import Any
 
 import emulation
 import numpy as np
+from slot_records import slot_state
 
 from soprano_cupy.attention import select_attention
 from soprano_cupy.checkpoint import open_language_model
@@ -93,7 +94,7 @@ class Host:
         for array, source in zip(kv, (cache.keys, cache.values), strict=True):
             array[:, :length] = bits(source[:, 0, :length])
         record = np.zeros(1, step.SLOT_STATE)
-        record[0] = step.slot_state(request, CAPACITY)
+        record[0] = slot_state(request, CAPACITY)
         record["count"], record["position"] = 1, length
         held = np.zeros(-(-c.vocab_size // 32) * 32, np.uint8)
         held[[*request.ids, token]] = 1

@@ -9,6 +9,7 @@ from typing import Any
 import emulation
 import ml_dtypes
 import numpy as np
+from slot_records import slot_state
 from step_attention import EPSILON, filled
 
 from soprano_cupy.generation import LoopCheck, Request
@@ -80,7 +81,7 @@ class Sampling:
         self.seen = np.zeros((slots, -(-vocab // 32) * 32), bool)
         records = emulation.poisoned((slots * 16,), np.float32).view(step.SLOT_STATE)
         for slot, voice in enumerate(voices):
-            records[slot] = step.slot_state(voice.request, voice.capacity, give_up=voice.give_up)
+            records[slot] = slot_state(voice.request, voice.capacity, give_up=voice.give_up)
             self.seen[slot, voice.request.ids] = True
         self.arrays: dict[str, Array] = {
             "logits": emulation.poisoned((rows, vocab), np.float32),

@@ -57,7 +57,6 @@ def two_gpus(voice: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         return replace(real_post(wanted, "cpu"), name=name)
 
     monkeypatch.setattr(device, "resolve_device", resolved)
-    monkeypatch.setattr(plan, "resolve_device", resolved)
     monkeypatch.setattr(plan, "post", post)
     monkeypatch.setattr(pipeline, "resolve_device", lambda name: ("cpu", f"{name} was asked for"))
 

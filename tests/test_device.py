@@ -70,3 +70,10 @@ def test_host_arrays_need_no_cupy() -> None:
     assert device.to_host(array) is array
     assert device.array_module("cpu") is np
     assert (device.cuda_index("cuda:3"), device.cuda_index("cuda")) == (3, 0)
+
+
+def test_devices_that_share_work_are_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "resolve_device", lambda name: ({"cuda": "cuda:0"}.get(name, name), "asked for"))
+    assert device.resolve_devices(["cuda", "cuda:1"], "devices") == ["cuda:0", "cuda:1"]
+    with pytest.raises(ParameterError, match=r"^these names the same device twice \(cuda:0, cuda:0\); name each once$"):
+        device.resolve_devices(["cuda", "cuda:0"], "these")

@@ -12,6 +12,7 @@ import pytest
 import tables_reference as reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slot_records import slot_state
 from struct_layouts import compiled_layout, numpy_layout
 
 from soprano_cupy import ParameterError
@@ -27,7 +28,7 @@ from soprano_cupy.gpu._tables import (
 )
 from soprano_cupy.gpu.crowd_sizes import CrowdSizes, staged_specs
 from soprano_cupy.gpu.crowd_upload import write_entries
-from soprano_cupy.gpu.slots import SLOT_STATE, slot_state
+from soprano_cupy.gpu.slots import SLOT_STATE
 from soprano_cupy.gpu.vocos_plan import Capacity, table_specs
 from soprano_cupy.gpu.vocos_tables import (
     ROW,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import emulation
 import numpy as np
+from slot_records import slot_state
 from struct_layouts import compiled_layout, numpy_layout
 
 from soprano_cupy.generation import Request
@@ -54,14 +55,14 @@ def test_symbols_become_fields_and_grids() -> None:
 
 def test_records_of_slots() -> None:
     params = SamplingParams(temperature=0.7, top_p=0.9, repetition_penalty=1.3, max_new_tokens=50, seed=2**63 + 5)
-    record = step.slot_state(Request(np.zeros(10, np.int32), params, stream=7 << 32), 40, give_up=True)
+    record = slot_state(Request(np.zeros(10, np.int32), params, stream=7 << 32), 40, give_up=True)
     assert (record["seed"], record["stream"], record["top_p"]) == (2**63 + 5, 7 << 32, 0.9)
     scale = float(record["scale_high"]) + float(record["scale_low"])
     assert abs(scale * 0.7 / np.log2(np.e) - 1) < 2**-46
     assert (record["limit"], record["position"], record["options"]) == (31, 9, slots.OPTION_GIVE_UP)
-    assert step.slot_state(Request(np.zeros(10, np.int32), params), 60)["limit"] == 50
-    coldest = step.slot_state(Request(np.zeros(1, np.int32), SamplingParams(temperature=1e-320, seed=0)), 40)
+    assert slot_state(Request(np.zeros(10, np.int32), params), 60)["limit"] == 50
+    coldest = slot_state(Request(np.zeros(1, np.int32), SamplingParams(temperature=1e-320, seed=0)), 40)
     assert np.isfinite(coldest["scale_high"])
-    greedy = step.slot_state(Request(np.zeros(1, np.int32), SamplingParams(repetition_penalty=1e300)), 40)
+    greedy = slot_state(Request(np.zeros(1, np.int32), SamplingParams(repetition_penalty=1e300)), 40)
     assert greedy["options"] == slots.OPTION_GREEDY
     assert np.isfinite(greedy["penalty"])

@@ -70,12 +70,9 @@ def named_devices(options: argparse.Namespace) -> list[str] | None:
             settings.device(word)
     except ParameterError as error:
         raise ParameterError(f"--devices {text!r}: {error}, with commas between, such as cuda:0,cuda:1") from None
-    from ..device import resolve_device
+    from ..device import resolve_devices
 
-    names = [resolve_device(word)[0] for word in words]
-    if len(set(names)) < len(names):
-        raise ParameterError(f"--devices {text!r} names the same device twice ({', '.join(names)}); name each once")
-    return names
+    return resolve_devices(words, f"--devices {text!r}")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config import SAMPLE_RATE_HZ, TOKEN_SAMPLES
+from ..errors import DeadlineExceeded
 from ..generation import Request
 from .speech import Speech
 
@@ -31,6 +32,10 @@ class Wish:
     pcm: bool = False
     retries: int = 0
     deadline_s: float | None = None
+
+    def not_met(self) -> DeadlineExceeded:
+        """What is said where the deadline has passed."""
+        return DeadlineExceeded(f"not spoken within {self.deadline_s:g} s (deadline)")
 
 
 class Sentence:

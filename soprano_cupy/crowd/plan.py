@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..device import cuda_index, resolve_device
+from ..device import cuda_index, resolve_devices
 from ..engine import Engine
 from ..errors import ParameterError
 from ..qwen3 import Qwen3
@@ -79,10 +79,7 @@ def device_names(plan: CrowdPlan, own: str) -> list[str]:
     """The devices that are to share the work: `plan.devices`, or the engine's own."""
     if plan.devices is None:
         return [own]
-    names = [resolve_device(name)[0] for name in plan.devices]
-    if len(set(names)) < len(names):
-        raise ParameterError(f"devices = {list(plan.devices)!r} names the same device twice")
-    return names
+    return resolve_devices(plan.devices, f"devices = {list(plan.devices)!r}")
 
 
 def wants_processes(names: Sequence[str]) -> bool:

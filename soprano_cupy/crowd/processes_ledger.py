@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import Busy, DeadlineExceeded, DeviceError
+from ..errors import Busy, DeviceError
 from ..generation import Request
 from ..sampling import SamplingParams
 from . import processes_messages as say
@@ -72,8 +72,7 @@ class Ledger:
                 _, number = heapq.heappop(self._deadlines)
                 ticket = self.tickets.get(number)
                 if ticket is not None:
-                    late = f"not spoken within {ticket.speak.wish.deadline_s:g} s (deadline)"
-                    self.end(number, DeadlineExceeded(late))
+                    self.end(number, ticket.speak.wish.not_met())
             return self._deadlines[0][0] if self._deadlines else None
 
     # -- for stations, each in its own thread -------------------------------------------------------------------------

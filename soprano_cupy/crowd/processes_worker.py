@@ -21,7 +21,7 @@ import time
 import traceback
 from typing import Any, Protocol
 
-from ..errors import DeadlineExceeded, DeviceError
+from ..errors import DeviceError
 from ..generation import Request
 from ..sampling import SamplingParams
 from . import processes_messages as say
@@ -127,7 +127,7 @@ class Service:
         wanted = relay.wanted
         try:
             if _late(relay):
-                raise DeadlineExceeded(f"not spoken within {wanted.wish.deadline_s:g} s (deadline)")
+                raise wanted.wish.not_met()
             if isinstance(requests, Exception):
                 raise requests
             with self._entry:

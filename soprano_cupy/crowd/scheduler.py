@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import Busy, Closed, DeadlineExceeded, DeviceError
+from ..errors import Busy, Closed, DeviceError
 from ..generation import Request
 from .fair_queue import FairQueue
 from .job import Job, Sentence, Wish
@@ -106,7 +106,7 @@ class Scheduler:
             while self._deadlines and self._deadlines[0][0] <= now:
                 job = heapq.heappop(self._deadlines)[2]()
                 if job is not None and not job.over:
-                    self._end(job, DeadlineExceeded(f"not spoken within {job.wish.deadline_s:g} s (deadline)"))
+                    self._end(job, job.wish.not_met())
         self.flush()
 
     def next_deadline(self) -> float | None:

@@ -154,6 +154,8 @@ def copy(uint64_t target, uint64_t source, size_t nbytes, size_t stream):
 def copy_on_host(parts):
     """Copy within host memory, all without the GIL: (target, source, nbytes) each, addresses of memory that stays."""
     cdef size_t count = len(parts), i
+    if count == 0:  # and nobody need wait to have the GIL back
+        return
     cdef size_t *places = <size_t *>calloc(3 * count + 1, sizeof(size_t))
     if places == NULL:
         raise MemoryError

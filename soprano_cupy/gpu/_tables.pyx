@@ -16,15 +16,12 @@ from libc.string cimport memset
 from ..config import FRAMES_PER_TOKEN as _FRAMES_PER_TOKEN
 from ..crowd.device import NOT_WATCHED, News
 from ..errors import ParameterError
-from .slots import OPTION_GIVE_UP, OPTION_GREEDY
-
-PARTS = 4  # hops of a frame
+from .slots import COUNT, IS_STUCK, OPTION_GIVE_UP, OPTION_GREEDY, STATUS
 
 cdef enum:
-    PARTS_OF_A_FRAME = 4
-    STATUS_SHIFT = 32  # of the word that a slot publishes, whose first 32 bits are its tokens
-    STATUS_MASK = 127
-    STUCK_SHIFT = 39
+    PARTS_OF_A_FRAME = 4  # hops
+PARTS = PARTS_OF_A_FRAME
+
 cdef int FRAMES_PER_TOKEN = _FRAMES_PER_TOKEN
 cdef int32_t GREEDY = OPTION_GREEDY, GIVE_UP = OPTION_GIVE_UP
 cdef object LOG2_E = math.log2(math.e)
@@ -407,7 +404,8 @@ def watched_slots(const uint64_t[::1] words, watched):
     cdef Py_ssize_t slot
     cdef uint64_t word
     cdef int64_t tokens, nobody = NOT_WATCHED
-    cdef int status
+    cdef int count_at = COUNT[0], status_at = STATUS[0], stuck_at = IS_STUCK[0], status
+    cdef uint64_t count_mask = (1 << COUNT[1]) - 1, status_mask = (1 << STATUS[1]) - 1
     cdef list found = []
     if words.shape[0] != due.shape[0]:
         raise ParameterError(f"{due.shape[0]} slots are watched, and there are {words.shape[0]}")
@@ -415,7 +413,7 @@ def watched_slots(const uint64_t[::1] words, watched):
         if due[slot] == nobody:
             continue
         word = words[slot]
-        tokens, status = word & 0xFFFFFFFF, word >> STATUS_SHIFT & STATUS_MASK
+        tokens, status = word >> count_at & count_mask, word >> status_at & status_mask
         if status != 0 or tokens >= due[slot]:
-            found.append(News(slot, tokens, status, (word >> STUCK_SHIFT & 1) != 0))
+            found.append(News(slot, tokens, status, (word >> stuck_at & 1) != 0))
     return found

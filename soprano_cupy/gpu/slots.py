@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from ..generation import Request
-
 RUNNING = 0
 STOP = 1  # the end token was drawn
 LENGTH = 2  # the limit of tokens was reached
 STUCK = 3  # the voice repeats itself and was to be given up then
 FAILED = 4  # the logits were not finite
+
+# Of the word that a slot publishes: where each part begins, and how many bits it has.
+COUNT = 0, 32
+STATUS = 32, 7
+IS_STUCK = 39, 1
+TOKEN = 40, 24
 
 OPTION_GREEDY = 1
 OPTION_GIVE_UP = 2
@@ -39,37 +43,24 @@ SLOT_STATE = np.dtype(
 )
 
 
-def slot_state(request: Request, capacity: int, *, give_up: bool = False) -> Any:
-    """The record, a `SLOT_STATE` scalar, with which a sequence begins: behind its prompt, before its first token.
-
-    capacity: tokens of a slot. give_up: end as soon as the loop check finds the voice stuck. The sequence ends by
-    length at `max_new_tokens`, or where its next token would have no place in the cache any more.
-    """
-    from ._tables import write_slot_states
-
-    records = np.zeros(1, SLOT_STATE)
-    write_slot_states(records, [request], [give_up], capacity)
-    return records[0]
-
-
 def progress_count(word: Any) -> Any:
     """Tokens drawn so far, of one progress word (int) or of an array of them (uint64)."""
-    return _bits(word, 0, 32)
+    return _bits(word, *COUNT)
 
 
 def progress_status(word: Any) -> Any:
     """RUNNING, STOP, LENGTH, STUCK or FAILED."""
-    return _bits(word, 32, 7)
+    return _bits(word, *STATUS)
 
 
 def progress_stuck(word: Any) -> Any:
     """Whether the loop check has found the voice stuck, now or before (and even where it goes on)."""
-    return _bits(word, 39, 1) != 0
+    return _bits(word, *IS_STUCK) != 0
 
 
 def progress_token(word: Any) -> Any:
     """The token drawn last."""
-    return _bits(word, 40, 24)
+    return _bits(word, *TOKEN)
 
 
 def _bits(word: Any, first: int, count: int) -> Any:

@@ -27,7 +27,6 @@ from .slots import (
     progress_status,
     progress_stuck,
     progress_token,
-    slot_state,
 )
 from .step_launch import WARP, block_for_each, dtype_define, floats, ints, make_launch, param_struct
 
@@ -35,7 +34,7 @@ __all__ = [
     "FAILED", "LENGTH", "RUNNING", "SLOT_STATE", "STOP", "STUCK", "AttentionStepShape", "attention_step_shape",
     "attention_step_workspace_bytes", "fetches_ahead", "plan_attention_step", "plan_embed", "plan_final_norm",
     "plan_gather", "plan_qkv_finish", "plan_sample", "progress_count", "progress_status", "progress_stuck",
-    "progress_token", "slot_state",
+    "progress_token",
 ]  # fmt: skip
 
 ROW_THREADS = 256  # of a block that copies or embeds a row, at most
