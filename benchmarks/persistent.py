@@ -100,7 +100,7 @@ def main() -> None:
         rows.append(Row(f"graph, {kind}", t.median, "us a token", t.repeats, p99=t.p99, limit=LIMIT_US))
         for grid in persistent.GRIDS[: arguments.grids]:
             name = f"{grid[0]} clusters of {grid[1]}, dims in {grid[2]}, {kind}"
-            decoder = persistent.PersistentDecoder(config, model._weights, model._facts, dtype, grids=(grid,))
+            decoder = persistent.PersistentDecoder(config, lambda: model._weights, model._facts, dtype, grids=(grid,))
             if decoder.problem() is not None:
                 sys.stdout.write(f"{name:40s} {decoder.problem()}\n")
                 continue
@@ -133,7 +133,7 @@ def profile(model: GpuLanguageModel, prompt: np.ndarray, tokens: int) -> None:
     plain, persistent.scratch_words = persistent.kernel_defines, lambda shape: (1 << 19) + 4096
     persistent.kernel_defines = lambda *known: (*plain(*known), ("PROFILE", 1))
     for kind, sampling in SAMPLINGS.items():
-        decoder = persistent.PersistentDecoder(model.config, model._weights, model._facts, model.dtype)
+        decoder = persistent.PersistentDecoder(model.config, lambda: model._weights, model._facts, model.dtype)
         if decoder.problem() is not None:
             sys.stdout.write(f"{decoder.problem()}\n")
             return
@@ -152,7 +152,7 @@ def profile(model: GpuLanguageModel, prompt: np.ndarray, tokens: int) -> None:
 def several(model: GpuLanguageModel, prompt: np.ndarray, tokens: int, counts: list[int]) -> list[Row]:
     """A few voices together, of different prompts, by the default grid and by the graph path."""
     rows = []
-    decoder = persistent.PersistentDecoder(model.config, model._weights, model._facts, model.dtype)
+    decoder = persistent.PersistentDecoder(model.config, lambda: model._weights, model._facts, model.dtype)
     for count in counts:
         requests = [Request(np.roll(prompt, i), SamplingParams(max_new_tokens=tokens)) for i in range(count)]
         t = timing([time_graph(model, requests)[0] for _ in range(5)][1:])

@@ -22,7 +22,7 @@ FIRST_AUDIO = "audio"
 
 
 class WorkerError(RuntimeError):
-    """The script failed, or ran past its time; the message ends with the last it said."""
+    """The script failed, or ran past its time; the message ends with what it said last. stderr has all of it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def ask(
                 alarm.cancel()
         if process.returncode:
             complaints.seek(0)
-            said = " | ".join(complaints.read().strip().splitlines()[-3:])
+            told = complaints.read().strip()
+            sys.stderr.write(f"{told}\n")
+            said = " | ".join(told.splitlines()[-3:])
             late = f" after {seconds:.0f} s" if process.returncode == -9 else ""
             raise WorkerError(f"{script} ended with code {process.returncode}{late}: {said}")
     return Answer(parse(lines, script), first)

@@ -16,7 +16,7 @@ from soprano_cupy.checkpoint import open_language_model
 from soprano_cupy.config import ModelConfig
 from soprano_cupy.generation import Generation, Loop, Request
 from soprano_cupy.gpu import persistent, step
-from soprano_cupy.gpu.persistent_schedule import THREADS, Shape
+from soprano_cupy.gpu.persistent_schedule import BLOCK_BYTES, THREADS, Shape
 from soprano_cupy.gpu.persistent_weights import pack_persistent
 from soprano_cupy.gpu.weights import Weights, rope_table
 from soprano_cupy.portable.qwen3 import PortableLanguageModel
@@ -53,6 +53,12 @@ def packed_weights(folder: Path, config: ModelConfig) -> Weights:
     return weights
 
 
+def gather_on_host(matrices: Sequence[Array], order: Array) -> Array:
+    """`persistent_weights.gather_blocks` in NumPy."""
+    blocks = [np.zeros((1, BLOCK_BYTES // 4), np.uint32), *(m.view(np.uint32).reshape(-1, 128) for m in matrices)]
+    return np.concatenate(blocks)[order + 1]
+
+
 @dataclass
 class Outcome:
     tokens: Array
@@ -74,7 +80,8 @@ class Host:
         self.shape = Shape.of(self.config, clusters, ranks, dim_parts, voices)
         assert self.shape.problem() is None
         self.source = packed_weights(folder, self.config)
-        self.weights = pack_persistent(self.shape, self.source.layers, self.source.head, self.source.norm, np)
+        w = self.source
+        self.weights = pack_persistent(self.shape, w.layers, w.head, w.norm, np, gather_on_host)
         defines = dict(persistent.kernel_defines(self.shape, "bfloat16"))
         defines["SPIN_LIMIT_CYCLES"] = SPIN_LIMIT
         self.library = emulation.build(SOURCE, defines, arch=900)

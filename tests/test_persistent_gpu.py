@@ -42,7 +42,7 @@ class Engine:
         with open_language_model(folder) as file:
             self.model = GpuLanguageModel(file, config, "cuda", dtype, "test")
         self.model.persistent.use("0")  # `graph` is to be what its name says
-        self.decoder = persistent.PersistentDecoder(config, self.model._weights, self.model._facts, dtype)
+        self.decoder = persistent.PersistentDecoder(config, lambda: self.model._weights, self.model._facts, dtype)
         if self.decoder.problem() is not None:
             pytest.skip(f"the persistent kernel does not run here: {self.decoder.problem()}")
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+import emulation
 import numpy as np
 import pytest
+from persistent_host import gather_on_host
 
 from soprano_cupy.cuda.compiler import compile_options, find_nvrtc
 from soprano_cupy.cuda.source import joined_source
@@ -15,13 +17,14 @@ from soprano_cupy.gpu import persistent
 from soprano_cupy.gpu.packing import interleave_gate_up, pack_linear, unpack_linear
 from soprano_cupy.gpu.persistent_schedule import (
     BLOCK_BYTES,
+    OUTSIDE,
     Shape,
     head_products,
     layer_products,
     qkv_tile,
     share,
 )  # fmt: skip
-from soprano_cupy.gpu.persistent_weights import pack_persistent
+from soprano_cupy.gpu.persistent_weights import pack_persistent, plan_gather
 from soprano_cupy.gpu.weights import Layer
 from soprano_cupy.testing import SOPRANO_1_1_80M
 
@@ -88,7 +91,7 @@ def test_streams(shape: Shape) -> None:
         for m in plain
     ]  # fmt: skip
     head = matrix(shape.vocab, shape.hidden)
-    packed = pack_persistent(shape, layers, pack_linear(head, np), norm(shape.hidden), np)
+    packed = pack_persistent(shape, layers, pack_linear(head, np), norm(shape.hidden), np, gather_on_host)
     assert (packed.gains[1, 1] == layers[1].post_attention_norm).all()
     assert (packed.head_gains[1, 0] == layers[1].q_norm).all()
     for block in range(shape.blocks):
@@ -104,6 +107,25 @@ def test_streams(shape: Shape) -> None:
                         bits = packed.stream[block].reshape(-1, BLOCK_BYTES)[begin + t * len(product.steps) + k]
                         assert (block_of(bits) == part(matrices[product.matrix], tile, step)).all()
         assert at * BLOCK_BYTES <= packed.stream_bytes
+
+
+def test_blocks_are_gathered() -> None:
+    """The kernel beside NumPy: blocks of several matrices in any order, some twice, zeros among them."""
+    rng = np.random.default_rng(2)
+    matrices = [rng.integers(0, 1 << 16, 256 * count).astype(np.uint16) for count in (3, 1, 7)]
+    order = rng.integers(-1, 11, 37)
+    order[:2] = OUTSIDE, 10
+    addresses = [m.ctypes.data + BLOCK_BYTES * np.arange(m.nbytes // BLOCK_BYTES, dtype=np.uint64) for m in matrices]
+    sources = np.concatenate([*addresses, np.zeros(1, np.uint64)])[order]
+    target = emulation.poisoned((len(order), BLOCK_BYTES // 4), np.float32).view(np.uint32)
+    launch = plan_gather(sources.ctypes.data, target.ctypes.data, len(order), "bfloat16")
+    emulation.build(launch.source, dict(launch.defines)).launch(
+        launch.kernel, launch.params, grid=[d for d in launch.grid if isinstance(d, int)], threads=launch.threads,
+        shared_bytes=0,
+        buffers=[emulation.Buffer(target, True), *(emulation.Buffer(array, False) for array in (sources, *matrices))],
+    )  # fmt: skip
+    assert (target == gather_on_host(matrices, order)).all()
+    assert not target[0].any()
 
 
 def block_of(bits: np.ndarray) -> np.ndarray:

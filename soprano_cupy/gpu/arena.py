@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,13 @@ Array = Any  # cupy.ndarray
 
 ALIGNMENT = 256  # bytes; more than any kernel asks for
 GUARD = 4096  # bytes behind the last buffer: a tile that is loaded whole may reach past its rows
+
+
+class Buffers(Protocol):
+    """Where buffers lie; an `Arena`, for one."""
+
+    def pointer(self, name: str, offset: int = 0) -> int:
+        """Device address of a buffer, or of the element `offset` along its first axis."""
 
 
 class Arena:

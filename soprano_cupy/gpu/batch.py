@@ -21,18 +21,10 @@ from ..sampling import SamplingParams
 from . import step
 from ._driver import Event, Graph, MappedMemory, Program, copy
 from .arena import Arena
+from .batch_launches import BatchLaunches
 from .batch_sizes import BUCKETS, BatchSizes, batch_specs, bucket_of, prompt_capacity, prompt_groups, upload_specs
 from .batch_upload import Upload
-from .forward import (
-    ITEM_BYTES,
-    Activations,
-    Cache,
-    Forward,
-    PromptSizes,
-    PromptTables,
-    RowRange,
-    SamplePlaces,
-)
+from .forward import ITEM_BYTES, Forward
 from .launch import Launch
 from .persistent import Common, Places
 from .persistent_run import ControlWords, PersistentRun
@@ -48,7 +40,6 @@ Array = Any  # cupy.ndarray
 SLOT_TABLES = ("slots", "seen", "slot_of_row")  # of an upload: what the sampling kernel needs
 PROMPT_TABLES = ("starts", "lengths", "ids", "row_slots", "row_positions")  # what a prefill needs
 SPIN_S, LISTENER_SPIN_S = 50e-6, 1e-3  # that a wait looks without a pause; behind that, sleeps of 20 us take 70
-PROMPT_CLASSES = (16, 64, 256, 1024)  # most rows of a prefill program; beyond, what the arena holds
 PADDED_PROMPT, MOST_PADDED_PROMPT = 16, 256  # a prompt's rows in a graph are a multiple of this, and at most that
 STEPS = 2  # of a graph
 AHEAD = 6  # steps under way before the host waits
@@ -80,8 +71,10 @@ class Batch:
         self.progress = np.frombuffer(self._progress_memory.view(), np.uint64)
         self.tokens = np.frombuffer(self._tokens_memory.view(), np.int32).reshape(sizes.slots, sizes.tokens)
         self.states: Array = self._arena["states"]
-        self._prompts, self._steps = Activations.of(self._arena, "prompt."), Activations.of(self._arena, "step.")
-        self._cache = Cache(self._arena.pointer("keys"), self._arena.pointer("values"), sizes.slots, sizes.capacity)
+        self._launches = BatchLaunches(
+            forward, sizes, self._arena, tokens=self._tokens_memory.device, progress=self._progress_memory.device,
+            workspace=int(self._workspace.data.ptr),
+        )  # fmt: skip
         self._programs: dict[tuple[Any, ...], Program] = {}
         self._graphs: dict[int, Graph] = {}
         self._prompt_graphs: dict[int, Graph | None] = {}  # of one voice, by padded rows
@@ -94,9 +87,8 @@ class Batch:
 
     def prepare(self) -> None:
         """Build what the first call for one voice needs; `DeviceError` when a kernel does not compile or load."""
-        for rows in PROMPT_CLASSES[:-1]:
-            if rows < prompt_capacity(self.sizes):
-                self._prompt_program(rows, 1, 0)
+        for rows in self._launches.usual_prompts():
+            self._prompt_program(rows, 1, 0)
         self._tail(1)
         self._graph(1).upload(self.stream.ptr)
 
@@ -171,15 +163,12 @@ class Batch:
         self._slot_of_row = self._slot_of_row[rows]
         self._upload.rows(rows, self._slot_of_row)
         self._upload.send(self.stream.ptr, ("slot_of_row", "starts"))
-        self._program(("shrink", self._rows), self._shrink_launches).run(self.stream.ptr)
+        bucket = self._rows
+        self._program(("shrink", bucket), lambda: self._launches.shrink(bucket)).run(self.stream.ptr)
         for name in ("residual", "hidden", "square_sums"):
             source, target = f"prompt.{name}", f"step.{name}"
             nbytes = self._rows * self._arena[target].strides[0]
             copy(self._arena.pointer(target), self._arena.pointer(source), nbytes, self.stream.ptr)
-
-    def _shrink_launches(self) -> list[Launch]:
-        starts = self._arena.pointer("starts")
-        return [self._forward.gather(self._steps, self._prompts, starts, self._rows, 0)]
 
     def settle(self, count: int) -> None:
         """Make ready for another call, once the present stream has read what it wants."""
@@ -330,7 +319,7 @@ class Batch:
         """
         self._pretend(count, context)
         kinds: dict[str, list[Launch]] = {}
-        for launch in [*self._layer_launches(self._rows), *self._tail_launches(self._rows)]:
+        for launch in self._launches.step(self._rows):
             size = launch.grid if isinstance(launch.grid[0], int) else ()
             constants = " ".join(f"{name}={value}" for name, value in launch.defines)
             kinds.setdefault(f"{launch.kernel} {size} {constants}", []).append(launch)
@@ -367,55 +356,19 @@ class Batch:
         return program
 
     def _prompt_program(self, rows: int, sequences: int, first: int) -> Program:
-        """All layers for up to so many rows, then the last row of each sequence to the decode step's buffers."""
-        limit = prompt_capacity(self.sizes)
-        ends = [end for end in PROMPT_CLASSES if end < limit] + [limit]
-        index = next(i for i, end in enumerate(ends) if end >= rows)
-        span = RowRange(ends[index - 1] + 1 if index else 1, ends[index])
-        longest = -(-span.most // sequences)
-
-        def launches() -> list[Any]:
-            sizes = PromptSizes(sequences, first, longest)
-            layers = self._forward.prompt_layers(self._prompts, self._cache, self._tables(), span, sizes)
-            return [*layers, self._forward.gather(self._prompts, self._steps, self._tables().starts, sequences, first)]
-
-        return self._program(("prompt", index, sequences, first), launches)
+        span = self._launches.prompt_class(rows)
+        key = ("prompt", span.most, sequences, first)
+        return self._program(key, lambda: self._launches.prompt(span, sequences, first))
 
     def _tail(self, rows: int) -> Program:
-        """From the residual stream of each row to its next token."""
-        return self._program(("tail", rows), lambda: self._tail_launches(rows))
-
-    def _step(self, rows: int) -> Program:
-        """One token for each row."""
-        return self._program(("step", rows), lambda: [*self._layer_launches(rows), *self._tail_launches(rows)])
-
-    def _layer_launches(self, rows: int) -> list[Any]:
-        pointer, workspace = self._arena.pointer, int(self._workspace.data.ptr)
-        return list(
-            self._forward.decode_layers(
-                self._steps, self._cache, rows, pointer("slots"), pointer("slot_of_row"), workspace
-            )
-        )
-
-    def _tail_launches(self, rows: int) -> list[Any]:
-        pointer = self._arena.pointer
-        places = SamplePlaces(
-            slots=pointer("slots"), seen=pointer("seen"), slot_of_row=pointer("slot_of_row"), logits=pointer("logits"),
-            states=pointer("states"), most_tokens=self.sizes.tokens, tokens=self._tokens_memory.device,
-            progress=self._progress_memory.device,
-        )  # fmt: skip
-        return [self._forward.head(self._steps, rows, places.logits), self._forward.sample(self._steps, rows, places)]
+        return self._program(("tail", rows), lambda: self._launches.tail(rows))
 
     def _graph(self, rows: int) -> Graph:
         graph = self._graphs.get(rows)
         if graph is None:
-            program = self._step(rows)
+            program = self._program(("step", rows), lambda: self._launches.step(rows))
             graph = self._graphs[rows] = Graph.capture(self._capture_stream.ptr, [(program,)] * STEPS)
         return graph
-
-    def _tables(self) -> PromptTables:
-        names = ("ids", "row_slots", "row_positions", "starts", "lengths", "queries")
-        return PromptTables(**{name: self._arena.pointer(name) for name in names})
 
     def _workspace_bytes(self) -> int:
         return max(

@@ -33,6 +33,11 @@ class BatchSizes:
         return self.slots >= other.slots and self.capacity >= other.capacity and self.tokens >= other.tokens
 
 
+def one_voice(config: ModelConfig) -> BatchSizes:
+    """The sizes that a call for one sentence takes unless it asks for more."""
+    return BatchSizes(1, min(CAPACITY_STEP, config.max_positions), min(MAX_NEW_TOKENS, config.max_positions))
+
+
 def sizes_for(requests: Sequence[Request], max_positions: int) -> BatchSizes:
     """The sizes for these requests, rounded up so that similar calls share a batch."""
     tokens = max(MAX_NEW_TOKENS, *(r.params.max_new_tokens for r in requests))

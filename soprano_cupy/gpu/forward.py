@@ -20,7 +20,7 @@ from ..config import ModelConfig
 from ..cuda.module import DeviceFacts
 from ..errors import DeviceError
 from . import step
-from .arena import Arena
+from .arena import Buffers
 from .launch import Blocks, Field, Launch, Symbol
 from .linear import TILE_FEATURES, End, LinearRequest, padded, plan_linear
 from .weights import Layer, Weights
@@ -53,7 +53,7 @@ class Activations:
     gated: int
 
     @classmethod
-    def of(cls, arena: Arena, prefix: str = "") -> Activations:
+    def of(cls, arena: Buffers, prefix: str = "") -> Activations:
         """Those that lie in an arena under their own names, behind `prefix`."""
         return cls(**{field: arena.pointer(prefix + field) for field in cls.__dataclass_fields__})
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
+ANY_ADDRESS = 1 << 20  # stands for a pointer where only the kernel is asked for
+
 
 class Symbol(IntEnum):
     """Numbers that a program is given at each run."""

@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from ..errors import ParameterError
-from .launch import Blocks, Dimension, Field, Launch, Symbol
+from .launch import ANY_ADDRESS, Blocks, Dimension, Field, Launch, Symbol
 from .linear_shapes import Problem, Shape, best_shape, ceil_div, measured_shape
 
 TILE_FEATURES = 16  # of one packed tile, and columns of one partial sum of squares
@@ -23,7 +23,6 @@ DTYPE_DEFINES = {"float16": "DTYPE_FP16", "bfloat16": "DTYPE_BF16"}
 
 _PARAMS = struct.Struct("<8Q7i2fi")  # LinearParams
 _ROWS_OFFSET = 64
-_ANY_ADDRESS = 1 << 20  # stands for a pointer where only the kernel is asked for
 _MAX_GRID_YZ = 65_535
 
 
@@ -258,14 +257,14 @@ def sample_request(
         rows=rows,
         features=product.features,
         depth=product.depth,
-        weights=_ANY_ADDRESS,
-        input=_ANY_ADDRESS,
+        weights=ANY_ADDRESS,
+        input=ANY_ADDRESS,
         input_stride=padded(product.depth),
-        output=_ANY_ADDRESS,
-        square_sums=_ANY_ADDRESS if product.norm else 0,
-        residual=_ANY_ADDRESS,
-        next_gain=_ANY_ADDRESS,
-        next_square_sums=_ANY_ADDRESS,
+        output=ANY_ADDRESS,
+        square_sums=ANY_ADDRESS if product.norm else 0,
+        residual=ANY_ADDRESS,
+        next_gain=ANY_ADDRESS,
+        next_square_sums=ANY_ADDRESS,
     )
     stride = ceil_div(request.columns, 4) * 4 if product.end is not End.STORE else request.columns
     return replace(request, output_stride=stride, residual_stride=stride)

@@ -213,37 +213,45 @@ def estimate(variant: Variant, request: LinearRequest) -> float:
 #     RESIDUAL   256 x 512 x 2304    64x64 c2 4.95    64x64 c4 7.62     cuBLAS 5.92
 #     RESIDUAL   512 x 512 x 2304    64x64 c2 5.94    64x64 c8 7.21     cuBLAS 6.80
 #     RESIDUAL   1024 x 512 x 2304   128x64 c2 8.32   64x64 8.49        cuBLAS 6.95
-#     RESIDUAL   2048 x 512 x 2304   64x128 g2 11.7   128x64 11.9       cuBLAS 10.6
+#     RESIDUAL   2048 x 512 x 2304   64x128 g2 11.7   128x64 11.8       cuBLAS 10.0
+#     RESIDUAL   4096 x 512 x 512    64x128 g2 9.14   128x64 10.3       cuBLAS 5.84
+#     RESIDUAL   4096 x 512 x 2304   128x128 19.6     64x128 g2 22.4    cuBLAS 14.6
 #     SWIGLU     128 x 4608 x 512    64x64 4.24       128x64 4.49       cuBLAS 4.67
 #     SWIGLU     1024 x 4608 x 512   192x128 13.2     128x128 g2 13.9   cuBLAS 9.47
+#     SWIGLU     2048 x 4608 x 512   192x192 18.2     192x128 19.2      cuBLAS 17.7
+#     SWIGLU     4096 x 4608 x 512   192x192 35.5     192x128 38.5      cuBLAS 34.2
+#     GELU       8448 x 2304 x 768   64x256 g2 60.6   192x128 62.2      cuBLAS 46.6
 #     STORE      128 x 768 x 512     64x64 c2 2.59    64x64 2.72        cuBLAS 3.10
 #     STORE      512 x 768 x 512     64x64 3.32       128x64 3.77       cuBLAS 3.41
 #     STORE      1024 x 768 x 512    64x64 b2 4.14    128x64 4.29       cuBLAS 3.81
 #     STORE      128 x 8192 x 512    64x128 g2 6.17   128x64 6.24       cuBLAS 5.52
 #     STORE      8192 x 2050 x 768   64x128 g2 57.3   64x256 g2 64.6    cuBLAS 151
 #
-# So for an end, features and rows from and to:
+# So for an end, features and rows from and to, and a least depth; the first line that fits:
 FEW, MORE, MANY, ANY = (1, 768), (769, 4095), (4096, 1 << 30), 1 << 30
 MEASURED = (
-    (End.RESIDUAL, FEW, (1, 128), "64x64 g1 w1 s9 b1 c4"),
-    (End.RESIDUAL, FEW, (129, 512), "64x64 g1 w1 s10 b1 c2"),
-    (End.RESIDUAL, FEW, (513, 1024), "64x64 g1 w1 s8 b1 c1"),
-    (End.RESIDUAL, FEW, (1025, ANY), "64x128 g2 w1 s7 b1 c1"),
-    (End.STORE, FEW, (1, 256), "64x64 g1 w1 s10 b1 c2"),
-    (End.STORE, FEW, (257, 512), "64x64 g1 w1 s8 b1 c1"),
-    (End.STORE, FEW, (513, 1024), "64x64 g1 w1 s6 b2 c1"),
-    (End.STORE, MORE, (4096, ANY), "64x128 g2 w1 s7 b1 c1"),
-    (End.STORE, MANY, (65, 128), "64x128 g2 w1 s7 b1 c1"),
-    (End.SWIGLU, MANY, (1, 128), "64x64 g1 w1 s6 b2 c1"),
-    (End.SWIGLU, MANY, (513, 1024), "192x128 g1 w3 s4 b1 c1"),
+    (End.RESIDUAL, FEW, (1, 128), 0, "64x64 g1 w1 s9 b1 c4"),
+    (End.RESIDUAL, FEW, (129, 512), 0, "64x64 g1 w1 s10 b1 c2"),
+    (End.RESIDUAL, FEW, (513, 1024), 0, "64x64 g1 w1 s8 b1 c1"),
+    (End.RESIDUAL, FEW, (3072, ANY), 1024, "128x128 g1 w2 s6 b1 c1"),
+    (End.RESIDUAL, FEW, (1025, ANY), 0, "64x128 g2 w1 s7 b1 c1"),
+    (End.STORE, FEW, (1, 256), 0, "64x64 g1 w1 s10 b1 c2"),
+    (End.STORE, FEW, (257, 512), 0, "64x64 g1 w1 s8 b1 c1"),
+    (End.STORE, FEW, (513, 1024), 0, "64x64 g1 w1 s6 b2 c1"),
+    (End.STORE, MORE, (4096, ANY), 0, "64x128 g2 w1 s7 b1 c1"),
+    (End.STORE, MANY, (65, 128), 0, "64x128 g2 w1 s7 b1 c1"),
+    (End.SWIGLU, MANY, (1, 128), 0, "64x64 g1 w1 s6 b2 c1"),
+    (End.SWIGLU, MANY, (513, 1024), 0, "192x128 g1 w3 s4 b1 c1"),
+    (End.SWIGLU, MANY, (1025, ANY), 0, "192x192 g1 w3 s3 b1 c1"),
+    (End.GELU, MORE, (4096, ANY), 0, "64x256 g2 w1 s4 b1 c1"),
 )
 
 
 def measured(request: LinearRequest) -> str | None:
     """The name of the variant that the table above says is best; None where it says nothing."""
-    for end, features, rows, name in MEASURED:
+    for end, features, rows, depth, name in MEASURED:
         fits = features[0] <= request.features <= features[1] and rows[0] <= request.most_rows <= rows[1]
-        if end is request.end and fits:
+        if end is request.end and fits and request.depth >= depth:
             return name
     return None
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from ..errors import DeviceError
 from ..generation import LOOP_DISTANCE, LOOP_LENGTH
 from .launch import Launch
 from .persistent_schedule import THREADS, WARPS, Shape, ceil
-from .persistent_weights import PersistentWeights, pack_persistent
+from .persistent_weights import PersistentWeights, gather_blocks, pack_persistent
 from .weights import Weights
 
 if TYPE_CHECKING:
@@ -124,12 +125,18 @@ class Common:
 class PersistentDecoder:
     """The persistent kernel for one model on one GPU, for up to `MOST_VOICES` sequences a launch.
 
-    Weights are packed at the first launch. Launches share what lies between the blocks, and the GPU has room for one:
-    whatever streams they are given, they follow each other. Any thread may launch.
+    weights: gives the model's, or waits until they have been read; the kernel is compiled without them, and they are
+    packed at the first launch. Launches share what lies between the blocks, and the GPU has room for one: whatever
+    streams they are given, they follow each other. Any thread may launch.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, facts: DeviceFacts, dtype: str, grids: Sequence[GridChoice] = GRIDS
+        self,
+        config: ModelConfig,
+        weights: Callable[[], Weights],
+        facts: DeviceFacts,
+        dtype: str,
+        grids: Sequence[GridChoice] = GRIDS,
     ) -> None:
         self._config, self._source, self._facts, self._dtype = config, weights, facts, dtype
         self._grids = grids
@@ -238,6 +245,7 @@ class PersistentDecoder:
         kernel = load(SOURCE, KERNEL, kernel_defines(shape, self._dtype), self._facts.index)
         shared = shared_bytes(shape)
         with on_device(self._facts.index):
+            _driver.load_function(kernel.pointer)
             kernel.allow_shared_bytes(shared)
             if shape.ranks > 8:
                 _driver.allow_large_clusters(kernel.pointer)
@@ -258,7 +266,7 @@ class PersistentDecoder:
         return program
 
     def _plan(self, shape: Shape, places: Sequence[Places], common: Common) -> Launch:
-        w, source = self._packed(shape), self._source
+        w, source = self._packed(shape), self._source()
         tables = {
             "stream": w.stream.data.ptr, "stream_bytes": w.stream_bytes, "gains": w.gains.data.ptr,
             "head_gains": w.head_gains.data.ptr, "rope": source.rope.data.ptr, "embeddings": source.embeddings.data.ptr,
@@ -272,8 +280,9 @@ class PersistentDecoder:
 
         key = shape.clusters, shape.ranks
         if key not in self._weights:
-            source = self._source
-            packed = pack_persistent(shape, source.layers, source.head, source.norm, cupy)
+            source = self._source()
+            gather = partial(gather_blocks, dtype=self._dtype, device=self._facts.index)
+            packed = pack_persistent(shape, source.layers, source.head, source.norm, cupy, gather)
             self._weights[key] = packed
             if len(self._weights) == 1:
                 shapes = [Shape.of(self._config, *choice, VOICES[-1]) for choice in self._grids]

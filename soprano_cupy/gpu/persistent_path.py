@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from concurrent.futures import CancelledError
 from typing import TYPE_CHECKING
 
 from ..errors import DeviceError
@@ -135,6 +136,8 @@ class PersistentPath:
         try:
             if self._decoder.problem(1) is None:
                 self._decoder.prepare(1)
+        except CancelledError:  # there are no weights, which somebody else tells
+            return
         except Exception as error:  # whatever it is, there is another way
             self.fail(error)
 

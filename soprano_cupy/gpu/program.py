@@ -75,6 +75,26 @@ def compile_program(launches: Iterable[Launch], capability: tuple[int, int]) -> 
     return len(modules)
 
 
+def load_kernels(launches: Iterable[Launch], device: int) -> dict[tuple[str, Module], Kernel]:
+    """The kernels of all launches on a CUDA device, by `_function`; those that are not there are built side by side.
+
+    They are whole on the device then. The driver would bring each there at its first launch, and wait for whatever
+    the GPU does at that time. Raises `DeviceError` when NVRTC or the driver refuses one.
+    """
+    from . import _driver
+
+    wanted = list(dict.fromkeys(map(_function, launches)))
+
+    def load_one(function: tuple[str, Module]) -> Kernel:
+        name, (source, defines, specific) = function
+        kernel = load(source, name, defines, device, specific=specific)
+        with on_device(device):
+            _driver.load_function(kernel.pointer)
+        return kernel
+
+    return dict(zip(wanted, _side_by_side(load_one, wanted), strict=True))
+
+
 def load_program(launches: Sequence[Launch], device: int) -> Program:
     """A program of these launches on a CUDA device; kernels that are not there yet are built side by side.
 
@@ -86,7 +106,7 @@ def load_program(launches: Sequence[Launch], device: int) -> Program:
     from . import _driver
 
     begun = time.perf_counter()
-    kernels = _load_kernels(launches, device)
+    kernels = load_kernels(launches, device)
     with on_device(device):
         for launch in launches:
             _allow(kernels[_function(launch)], launch)
@@ -147,16 +167,6 @@ def _module(launch: Launch) -> Module:
 
 def _function(launch: Launch) -> tuple[str, Module]:
     return launch.kernel, _module(launch)
-
-
-def _load_kernels(launches: Iterable[Launch], device: int) -> dict[tuple[str, Module], Kernel]:
-    wanted = list(dict.fromkeys(map(_function, launches)))
-
-    def load_one(function: tuple[str, Module]) -> Kernel:
-        name, (source, defines, specific) = function
-        return load(source, name, defines, device, specific=specific)
-
-    return dict(zip(wanted, _side_by_side(load_one, wanted), strict=True))
 
 
 def _allow(kernel: Kernel, launch: Launch) -> None:

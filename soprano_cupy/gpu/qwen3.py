@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +14,16 @@ import numpy as np
 
 from .. import settings
 from ..checkpoint import TensorFile
-from ..config import MAX_NEW_TOKENS, ModelConfig
+from ..config import ModelConfig
 from ..cuda.module import device_facts
 from ..device import cuda_index
 from ..errors import DeviceError, ParameterError
 from ..generation import Request
 from ..runner import KVCache, LanguageModelRunner
+from . import ahead
 from .arena import Arena
 from .batch import Batch
-from .batch_sizes import BUCKETS, CAPACITY_STEP, BatchSizes, bucket_of, sizes_for
+from .batch_sizes import BUCKETS, CAPACITY_STEP, BatchSizes, bucket_of, one_voice, sizes_for
 from .forward import Activations, Cache, Forward, PromptSizes, PromptTables, RowRange, activation_specs
 from .linear import padded
 from .persistent import PersistentDecoder
@@ -94,13 +96,18 @@ class GpuLanguageModel(LanguageModelRunner):
         self._facts = device_facts(cuda_index(device))
         self._on_device = cupy.cuda.Device(self._facts.index)
         with self._on_device:
-            self._weights = Weights(file, config, dtype)
-            self._forward = Forward(config, self._weights, dtype, self._facts)
-            decoder = PersistentDecoder(config, self._weights, self._facts, dtype)
+            weights: Future[Weights] = Future()
+            decoder = PersistentDecoder(config, weights.result, self._facts, dtype)
             self._path = PersistentPath(decoder, self._facts, settings.persistent())
             self._path.prepare()  # beside what follows
-            sizes = BatchSizes(1, min(CAPACITY_STEP, config.max_positions), MAX_NEW_TOKENS)
-            first = Batch(self._forward, sizes, self._path)
+            ahead.begin(lambda: ahead.language_model_kernels(config, dtype, self._facts), self._facts.index)
+            try:
+                weights.set_result(Weights(file, config, dtype))
+            finally:
+                weights.cancel()  # where they could not be read
+            self._weights = weights.result()
+            self._forward = Forward(config, self._weights, dtype, self._facts)
+            first = Batch(self._forward, one_voice(config), self._path)
             first.prepare()  # a kernel that does not compile is known now, while there is another way
         self._idle: list[Batch] = [first]
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ from ..cuda.module import device_facts
 from ..device import cuda_index, module_of
 from ..errors import DeviceError, ParameterError
 from ..runner import DecoderRunner, DecoderStream
-from . import program
+from . import ahead, program
 from .linear import plan_linear
 from .packing import pack_linear
 from .vocos_plan import Facts, Plan, unsupported
@@ -75,6 +75,8 @@ class GpuDecoder(DecoderRunner):
             raise DeviceError(f"the GPU decoder cannot run: {problem}; choose dtype float32")
         facts = device_facts(cuda_index(device))
         self._index, self._lock = facts.index, threading.RLock()
+        self._most_rows = max(LEAST_ROWS, SLICE_ROWS_EACH * facts.multiprocessors)
+        ahead.begin(lambda: ahead.decoder_kernels(config, facts, self._most_rows), facts.index)
         with program.on_device(self._index):
             self._weights = _place(HostWeights(file, config))
             self._stream = cupy.cuda.Stream(non_blocking=True)
@@ -87,7 +89,6 @@ class GpuDecoder(DecoderRunner):
             {name: int(array.data.ptr) for name, array in self._weights.items()},
             plan_linear,
         )
-        self._most_rows = max(LEAST_ROWS, SLICE_ROWS_EACH * facts.multiprocessors)
         self._slices: Slices | None = None
         self._tables: list[StreamTable] = []
 
@@ -286,8 +287,7 @@ def _place(weights: HostWeights) -> dict[str, Array]:
     matrices = set(weights.matrices())
     placed: dict[str, Array] = {}
     for name, values in weights.arrays.items():
-        array = cupy.asarray(values)
-        placed[name] = pack_linear(array, cupy) if name in matrices else array
+        placed[name] = cupy.asarray(pack_linear(values, np) if name in matrices else values)
     return placed
 
 

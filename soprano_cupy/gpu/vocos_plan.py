@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import DecoderConfig
-from .launch import Blocks, Field, Launch, Symbol
+from .launch import ANY_ADDRESS, Blocks, Field, Launch, Symbol
 from .linear import End, LinearRequest, padded
 from .vocos_tables import PARTS, ROW_BYTES, SEGMENT, SPAN_BYTES, TOKEN_BYTES, margins
 
@@ -41,8 +41,6 @@ SPAN_HOPS = (29, 13, 5, 1)
 _ROWS_PARAMS = struct.Struct("<11Q4ifi")  # VocosRowsParams
 _ROWS_FIELD = 88
 _ISTFT_PARAMS = struct.Struct("<7Q2i")  # VocosIstftParams
-
-ANY_ADDRESS = 1 << 20  # stands for a pointer where only the kernel is asked for
 
 MAX_DIM = 4096  # channels that a thread block holds, four a thread
 MAX_N_FFT = 4096
@@ -353,20 +351,26 @@ class Plan:
         )
 
 
-def variants(config: DecoderConfig, facts: Facts, row_classes: Sequence[RowRange] = (), slots: int = 1) -> Planned:
+def variants(
+    config: DecoderConfig,
+    facts: Facts,
+    streams: Sequence[RowRange] = (RowRange(1, 64),),
+    whole: Sequence[RowRange] = (RowRange(1, 64),),
+) -> Planned:
     """Every launch of a decoder, products included, with addresses of nothing; for compiling ahead.
 
-    row_classes: the ranges of rows that whole voices and streams are planned for; none: one of 64.
+    streams, whole: the numbers of rows that programs of streams and of whole voices are planned for.
     """
     from .linear import plan_linear
 
     capacity = Capacity.of_rows(64)
-    names = table_specs(capacity) | activation_specs(config, capacity) | stream_specs(config, capacity, slots)
+    names = table_specs(capacity) | activation_specs(config, capacity) | stream_specs(config, capacity, 1)
     plan = Plan(config, facts, _AnyAddress(), plan_linear)
     places = dict.fromkeys(names, ANY_ADDRESS)
-    for rows in row_classes or (RowRange(1, 64),):
+    for rows in streams:
+        yield from plan.streams(places, rows, rows.most, 1)
+    for rows in whole:
         yield from plan.whole(places, rows, rows.most)
-        yield from plan.streams(places, rows, rows.most, slots)
 
 
 class _AnyAddress(dict[str, int]):

@@ -10,6 +10,7 @@ import logging
 import weakref
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,34 @@ Array = Any  # cupy.ndarray or numpy.ndarray
 MOST_ROWS = 64
 LEAST_CHUNK = 4  # tokens of a run, for decoders whose windows reach so far that these are more than MOST_ROWS
 GRAPH_AFTER, MOST_GRAPHS = 2, 32  # uses of the same numbers of rows, tokens and spans; graphs that are kept
-STREAM_CLASSES = (4, 16)  # most frames of a program; beyond, what the table holds. Every voice needs these two
+STREAM_CLASSES = (4, 16)  # most frames of a program; beyond, what the table holds
+
+
+@dataclass(frozen=True)
+class StreamSizes:
+    """What a table is planned for, by the reach of a decoder's windows."""
+
+    lag: int  # frames that a sample's windows reach beyond it
+    waiting_tokens: int  # of a voice without a sample of theirs, at most
+    chunk_tokens: int  # of one voice in one run
+    rows: int  # frames of a run
+    ring: int  # states that are kept of a voice
+
+    @classmethod
+    def of(cls, config: DecoderConfig) -> StreamSizes:
+        """The sizes for a decoder."""
+        lag = margins(config).total
+        waiting = -(-(lag + FIRST_HOP) // FRAMES_PER_TOKEN) + 1
+        spare = FRAMES_PER_TOKEN * waiting + lag + 1
+        chunk = max(LEAST_CHUNK, (MOST_ROWS - spare) // FRAMES_PER_TOKEN)
+        history = -(-2 * (config.embed_kernel // 2) // FRAMES_PER_TOKEN) + 2  # states that a push needs of those before
+        ring = 1 << (chunk + waiting + history - 1).bit_length()
+        return cls(lag, waiting, chunk, max(MOST_ROWS, FRAMES_PER_TOKEN * chunk + spare), ring)
+
+    def classes(self) -> list[RowRange]:
+        """The numbers of frames of each program: a voice begins with many frames, and goes on with a token's."""
+        ends = (*STREAM_CLASSES, self.rows)
+        return [RowRange(before + 1, end) for before, end in zip((0, *ends), ends, strict=False)]
 
 
 class StreamTable:
@@ -49,17 +77,12 @@ class StreamTable:
         import cupy
 
         self.config, self._plan, self._slots, self._device = config, plan, slots, device
-        self.lag = margins(config).total
-        self.waiting_tokens = -(-(self.lag + FIRST_HOP) // FRAMES_PER_TOKEN) + 1  # at most, without a sample of theirs
-        spare = FRAMES_PER_TOKEN * self.waiting_tokens + self.lag + 1
-        self.chunk_tokens = max(LEAST_CHUNK, (MOST_ROWS - spare) // FRAMES_PER_TOKEN)  # of one voice in one run
-        rows = max(MOST_ROWS, FRAMES_PER_TOKEN * self.chunk_tokens + spare)
-        self._capacity = Capacity(rows=rows, tokens=rows, pieces=slots, spans=slots)
-        history = -(-2 * (config.embed_kernel // 2) // FRAMES_PER_TOKEN) + 2  # states that a push needs of those before
-        self.ring = 1 << (self.chunk_tokens + self.waiting_tokens + history - 1).bit_length()
-        tables = vocos_plan.table_specs(self._capacity)
-        specs = tables | vocos_plan.activation_specs(config, self._capacity)
-        specs |= vocos_plan.stream_specs(config, self._capacity, slots)
+        self._sizes = StreamSizes.of(config)
+        self.chunk_tokens, self.ring, rows = self._sizes.chunk_tokens, self._sizes.ring, self._sizes.rows
+        capacity = Capacity(rows=rows, tokens=rows, pieces=slots, spans=slots)
+        tables = vocos_plan.table_specs(capacity)
+        specs = tables | vocos_plan.activation_specs(config, capacity)
+        specs |= vocos_plan.stream_specs(config, capacity, slots)
         specs["ring"] = ((slots, self.ring, config.input_size), "float32")
         self._arena = Arena(specs)
         self._places = {name: self._arena.pointer(name) for name in specs}
@@ -76,8 +99,8 @@ class StreamTable:
         self._capture_stream = cupy.cuda.Stream(non_blocking=True)
         self._entered, self._left = program.Event(), program.Event()
         cupy.cuda.runtime.deviceSynchronize()  # the arena is zeroed: our own stream would not wait for that
-        for frames in STREAM_CLASSES:
-            self._program(frames)
+        for span in self._sizes.classes():
+            self._program(span.most)
         logger.info("decoder: %d streams, %.0f MB", slots, self.nbytes / 1e6)
 
     @property
@@ -127,7 +150,8 @@ class StreamTable:
         """What takes a voice on to `tokens` states; they have been put before."""
         return stream_piece(
             states=self._places["ring"] + slot * self.ring * self.config.input_size * 4,
-            ring=self.ring, slot=slot, turn=turn, done=done, tokens=tokens, ends=ends, lag=self.lag, output=output,
+            ring=self.ring, slot=slot, turn=turn, done=done, tokens=tokens, ends=ends, lag=self._sizes.lag,
+            output=output,
         )  # fmt: skip
 
     def run(self, pieces: Sequence[Piece]) -> np.ndarray:
@@ -153,15 +177,11 @@ class StreamTable:
         graph.launch(self._stream.ptr)
 
     def _program(self, rows: int) -> program.Program:
-        classes = (*STREAM_CLASSES, self._capacity.rows)
-        most = next(size for size in classes if size >= rows)
-        if most not in self._programs:
-            least = max((size + 1 for size in classes if size < most), default=1)
-            launches = list(
-                self._plan.streams(self._places, RowRange(least, most), min(most, self._capacity.tokens), self._slots)
-            )
-            self._programs[most] = program.load_program(launches, self._device)
-        return self._programs[most]
+        span = next(span for span in self._sizes.classes() if span.most >= rows)
+        if span.most not in self._programs:
+            launches = list(self._plan.streams(self._places, span, span.most, self._slots))
+            self._programs[span.most] = program.load_program(launches, self._device)
+        return self._programs[span.most]
 
     def _wait_for_caller(self) -> None:
         """The caller's states are written in the order of CuPy's current stream."""
