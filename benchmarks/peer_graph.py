@@ -188,6 +188,7 @@ def step_us(model: LanguageModel, batch: int, context: int, steps: int, repeats:
     if model.device == "cpu":
         return median_us(lambda: step.run(context - 1), steps, repeats, lambda: None)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # which fills the tokens and the caches
     with torch.cuda.stream(side):
         for _ in range(3):
             step.run(context - 1)

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from persistent_host import gather_on_host
 
 from soprano_cupy.errors import DeviceError
 from soprano_cupy.generation import Request
 from soprano_cupy.gpu import persistent, step
+from soprano_cupy.gpu.persistent_weights import gather_blocks
 from soprano_cupy.sampling import SamplingParams, penalise
 from soprano_cupy.testing import SOPRANO_1_1_80M, TINY, make_checkpoint
 
@@ -75,6 +77,17 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def ask(prompt: list[int], tokens: int = 80, **sampling: Any) -> Request:
     return Request(np.array(prompt, np.int32), SamplingParams(max_new_tokens=tokens, **sampling))
+
+
+def test_blocks_are_gathered() -> None:
+    """Blocks of several matrices in any order, zeros among them, as NumPy gathers them."""
+    import cupy
+
+    rng = np.random.default_rng(2)
+    matrices = [rng.integers(0, 1 << 16, 256 * count).astype(np.uint16) for count in (3, 1, 700)]
+    order = rng.integers(-1, 704, 2001)
+    found = gather_blocks([cupy.asarray(matrix) for matrix in matrices], order, "bfloat16", 0)
+    np.testing.assert_array_equal(found.get(), gather_on_host(matrices, order))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)

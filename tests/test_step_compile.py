@@ -10,6 +10,7 @@ from compiling import MULTIPROCESSORS, REGISTERS, case_name, registers_without_s
 from soprano_cupy.cuda.compiler import Nvrtc
 from soprano_cupy.gpu import step
 from soprano_cupy.gpu.launch import Launch
+from soprano_cupy.gpu.persistent_weights import plan_gather
 
 DECODE_WARPS = {8: 16, 16: 12, 32: 8}  # of attention's, that a multiprocessor is to hold, by TILE_ROWS
 
@@ -51,6 +52,7 @@ def cases() -> Iterator[tuple[int, Launch]]:
     """One voice and many on 9.0, with every shape of tile; elsewhere one of both, in turns; sampling everywhere."""
     for i, number in enumerate(MULTIPROCESSORS):
         yield number, sampling(number, 8192, 512)
+        yield number, plan_gather(0, 0, 1, "float16" if number < 80 else "bfloat16")
         if number == 90:
             launches = [attention(number, rows, heads) for rows, heads in ((1, 4), (20, 4), (512, 4), (1, 12), (1, 20))]
             yield from ((number, launch) for launch in (*launches, attention(number, 1, 4, 64)))

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 PROGRAMMATIC_FROM = (9, 0)  # compute capability
 PROGRAMMATIC_CUDA = 12030  # the driver's CUDA version from which graphs keep programmatic edges: 12.3
 PORTABLE_CLUSTER = 8  # blocks; a kernel has to ask for more
-MOST_COMPILERS = 16  # NVRTC calls at once: each takes a core and some 100 MB
+MOST_LOADERS = 16  # threads that have kernels built and load them
 
 Module = tuple[str, tuple[tuple[str, int], ...], bool]  # source, constants, specific
 Item = TypeVar("Item")
@@ -188,5 +188,5 @@ def _side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list
     """The results for all items, in their order, by as many threads as there are cores; NVRTC runs outside the GIL."""
     if len(items) < 2:
         return [work(item) for item in items]
-    with ThreadPoolExecutor(min(len(items), len(os.sched_getaffinity(0)), MOST_COMPILERS)) as pool:
+    with ThreadPoolExecutor(min(len(items), len(os.sched_getaffinity(0)), MOST_LOADERS)) as pool:
         return list(pool.map(work, items))
