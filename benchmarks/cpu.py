@@ -96,7 +96,7 @@ def work_ours(folder: str, dtype: str, batches: list[int], repeats: int) -> dict
 
         def speak() -> None:
             requests = [Request(ids, params) for ids in encode(tts, texts(count))]
-            audio.extend(tts.engine.speak(requests, 0, Timings()))
+            tts.engine.speak(requests, 0, Timings(), audio.extend)
 
         seconds = seconds_of(speak)
         return sum(map(len, audio)) / SAMPLE_RATE_HZ / seconds

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -59,17 +59,17 @@ class Engine:
         self.language_model = language_model
         self.decoder = decoder
 
-    def speak(self, requests: Sequence[Request], retries: int, timings: Timings) -> list[np.ndarray]:
-        """Each request's whole audio: float32 (samples,), in the requests' order."""
-        audio: list[np.ndarray] = []
+    def speak(
+        self, requests: Sequence[Request], retries: int, timings: Timings, take: Callable[[list[np.ndarray]], None]
+    ) -> None:
+        """Each request's whole audio, float32 (samples,), to `take`, in the requests' order, some at a time."""
         size = self.language_model.batch
         for start in range(0, len(requests), size):
             since = time.perf_counter()
             results = generate(self.language_model, requests[start : start + size], retries=retries)
             timings.language_model_s += time.perf_counter() - since
             timings.tokens += sum(len(r.tokens) for r in results)
-            audio.extend(self._decode(results, timings))
-        return audio
+            self._decode(results, timings, take)
 
     def stream(self, request: Request, retries: int, timings: Timings) -> Generator[np.ndarray, None, None]:
         """The request's audio in pieces of any size, as soon as they are final.
@@ -78,7 +78,9 @@ class Engine:
         played cannot be taken back.
         """
         if retries:
-            yield from self.speak([request], retries, timings)
+            spoken: list[np.ndarray] = []
+            self.speak([request], retries, timings, spoken.extend)
+            yield from spoken
             return
         voice: DecoderStream | None = None  # opened while the second token is on its way
         since = time.perf_counter()
@@ -103,17 +105,31 @@ class Engine:
         if len(piece):
             yield piece
 
-    def _decode(self, results: Sequence[Generation], timings: Timings) -> list[np.ndarray]:
+    def _decode(
+        self, results: Sequence[Generation], timings: Timings, take: Callable[[list[np.ndarray]], None]
+    ) -> None:
         since = time.perf_counter()
         for result in results:
             _warn(result.finish_reason, result.stuck)
-        audible = [i for i, result in enumerate(results) if len(result.states) >= 2]
-        audio = [np.empty(0, np.float32) for _ in results]
-        for i, samples in zip(audible, self.decoder.decode_many([results[i].states for i in audible]), strict=True):
-            audio[i] = samples
+        audible = [len(result.states) >= 2 for result in results]
+        at = 0  # the next result
+
+        def take_audible(samples: list[np.ndarray]) -> None:
+            nonlocal at
+            ready = []
+            for one in samples:
+                while not audible[at]:
+                    ready.append(np.empty(0, np.float32))
+                    at += 1
+                ready.append(one)
+                at += 1
+            timings.samples += sum(map(len, samples))
+            take(ready)
+
+        states = [result.states for result in results if len(result.states) >= 2]
+        self.decoder.decode_in_turn(states, take_audible)
+        take([np.empty(0, np.float32) for _ in audible[at:]])
         timings.decoder_s += time.perf_counter() - since
-        timings.samples += sum(map(len, audio))
-        return audio
 
 
 @contextmanager

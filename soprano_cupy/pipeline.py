@@ -26,6 +26,7 @@ from .device import resolve_device
 from .engine import Engine, Timings
 from .errors import CheckpointError, Closed, ParameterError, TextError
 from .generation import Request
+from .joiner import Joiner
 from .qwen3 import Qwen3
 from .reader import Reader
 from .sampling import SamplingParams
@@ -41,8 +42,6 @@ logger = logging.getLogger(__name__)
 
 MAX_RETRIES = 100
 MIN_TEXT_LENGTH = 30  # characters; cut finer than this, no model speaks well
-MUCH_AUDIO_BYTES = 64 << 20  # eight minutes and more
-JOINING_THREADS = 4
 
 
 class SopranoTTS:
@@ -272,16 +271,9 @@ class SopranoTTS:
                 raise read
             per_text.append(read)
         self.timings = timings = Timings(text_s=time.perf_counter() - begin)
-        audio = iter(self.engine.speak([r for requests in per_text for r in requests], retries, timings))
-        return _joined([[next(audio) for _ in requests] for requests in per_text])
-
-
-def _joined(texts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """The sentences of each text in memory of its own; much of it by several threads, since new memory comes slowly."""
-    if sum(sentence.nbytes for sentences in texts for sentence in sentences) < MUCH_AUDIO_BYTES:
-        return [np.concatenate(sentences) for sentences in texts]
-    with ThreadPoolExecutor(JOINING_THREADS) as pool:
-        return list(pool.map(np.concatenate, texts))
+        with Joiner([len(requests) for requests in per_text]) as joiner:
+            self.engine.speak([r for requests in per_text for r in requests], retries, timings, joiner.take)
+            return joiner.results()
 
 
 def load_models(folder: Path, device: str, dtype: str, attention: str) -> tuple[Qwen3, VocosDecoder]:

@@ -8,7 +8,7 @@ sampling loop and call one of these; they never look inside.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -108,9 +108,19 @@ class DecoderRunner(ABC):
     def decode(self, states: Array) -> Array:
         """(B, T, input_size) -> (B, (T - 1) * token_samples) samples, T >= 2."""
 
+    def decode_in_turn(self, utterances: Sequence[Array], take: Callable[[list[np.ndarray]], None]) -> None:
+        """Utterances of any lengths, (T, input_size) each with T >= 2, to float32 samples on the host.
+
+        `take` is given the next ones' as soon as they are there, a few at a time, while later ones are being decoded.
+        """
+        for states in utterances:
+            take([to_host(self.decode(states[None])[0]).astype(np.float32, copy=False)])
+
     def decode_many(self, utterances: Sequence[Array]) -> list[np.ndarray]:
-        """Utterances of any lengths, (T, input_size) each with T >= 2, to float32 samples on the host."""
-        return [to_host(self.decode(states[None])[0]).astype(np.float32, copy=False) for states in utterances]
+        """The same, all at once."""
+        audio: list[np.ndarray] = []
+        self.decode_in_turn(utterances, audio.extend)
+        return audio
 
     @abstractmethod
     def stream(self) -> DecoderStream:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from soprano_cupy import CheckpointError, OutputError, ParameterError, SopranoTTS, TextError, pipeline
+from soprano_cupy import CheckpointError, OutputError, ParameterError, SopranoTTS, TextError, joiner
 from soprano_cupy.engine import Engine, Timings
 from soprano_cupy.generation import LOOP_LENGTH, Step
 from soprano_cupy.pipeline import max_text_length
@@ -64,11 +64,11 @@ def test_a_batch_gives_each_text_what_it_gets_alone(tts: SopranoTTS) -> None:
         assert np.abs(audio - alone).max() <= 1e-5
 
 
-def test_much_audio_is_joined_by_threads(tts: SopranoTTS, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_sentences_are_joined_by_threads(tts: SopranoTTS, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"{TEXT} {i}." for i in range(9)]
-    expected = tts.infer_batch(texts)
-    monkeypatch.setattr(pipeline, "MUCH_AUDIO_BYTES", 1)
-    for audio, one in zip(tts.infer_batch(texts), expected, strict=True):
+    threaded = tts.infer_batch(texts)
+    monkeypatch.setattr(joiner, "FROM_SENTENCES", 1 << 30)
+    for audio, one in zip(threaded, tts.infer_batch(texts), strict=True):
         assert audio.flags.owndata
         np.testing.assert_array_equal(audio, one)
 

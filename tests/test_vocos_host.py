@@ -82,6 +82,21 @@ def test_decode_many_in_several_slices(decoder: GpuDecoder, reference: PortableD
         np.testing.assert_array_equal(pcm, to_pcm16(samples))
 
 
+def test_a_taker_that_fails(decoder: GpuDecoder, standin: Any) -> None:
+    """Nothing is on its way into memory that is given back; the next call is as if there had been none before."""
+    states = states_of(40, 40, 40, 40)
+    expected = decoder.decode_many(states)
+
+    def fail(samples: list[np.ndarray]) -> None:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        decoder.decode_in_turn(states, fail)
+    assert not standin.queues.waiting
+    for samples, before in zip(decoder.decode_many(states), expected, strict=True):
+        np.testing.assert_array_equal(samples, before)
+
+
 def test_decode_equals_decode_many(decoder: GpuDecoder, standin: Any) -> None:
     states = np.stack(states_of(12, 12, 12))
     many = np.stack(decoder.decode_many(list(states)))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +36,9 @@ MIN_CAPABILITY = (7, 5)  # the first with float16 matrix instructions of 16 x 8 
 SLICE_ROWS_EACH = 64
 ALIGNMENT = 16  # bytes; of states, for the kernels
 STREAM_SLOTS = 8  # voices of one table
+UNDER_WAY = 3  # slices that are computed or copied
+
+Take = Callable[[list[np.ndarray]], None]
 
 
 class Voice(NamedTuple):
@@ -124,59 +128,68 @@ class GpuDecoder(DecoderRunner):
                     slices.run(group, self._stream.ptr, samples=int(out.data.ptr))
         return out
 
-    def decode_many(self, utterances: Sequence[Array]) -> list[np.ndarray]:
+    def decode_in_turn(self, utterances: Sequence[Array], take: Take) -> None:
         """Utterances (T, input_size) of any lengths, CuPy or NumPy, to float32 samples in page-locked host memory.
 
-        The arrays of a call share blocks of that memory; a block is given back when its last array goes.
+        The arrays of a call share blocks of that memory; a block is given back when its last array goes. `take` is
+        called while this decoder is held, so it must not wait for another thread that wants it.
         """
-        return self._to_host(utterances, np.dtype(np.float32))
+        self._to_host(utterances, np.dtype(np.float32), take)
 
     def decode_pcm16(self, utterances: Sequence[Array]) -> list[np.ndarray]:
-        """The same as the 16-bit samples of a WAV file (`audio.to_pcm16`), made on the GPU: half as much to copy."""
-        return self._to_host(utterances, np.dtype(np.int16))
+        """All of them as the 16-bit samples of a WAV file (`audio.to_pcm16`), made on the GPU: half as much to copy."""
+        audio: list[np.ndarray] = []
+        self._to_host(utterances, np.dtype(np.int16), audio.extend)
+        return audio
 
-    def _to_host(self, utterances: Sequence[Array], dtype: np.dtype[Any]) -> list[np.ndarray]:
+    def _to_host(self, utterances: Sequence[Array], dtype: np.dtype[Any], take: Take) -> None:
         if not utterances:
-            return []
+            return
         with self.turn():
             arrays = self._upload(utterances)
             voices = [Voice(int(array.data.ptr), len(array)) for array in arrays]
-            with self._ordered():
-                blocks = self._run_and_copy(*self._groups(voices), dtype)
-        ends = np.cumsum([self.config.token_samples * (voice.tokens - 1) for voice in voices])
-        return _cut(blocks, ends)
+            cutter = Cutter([self.config.token_samples * (voice.tokens - 1) for voice in voices])
+            with self._ordered(), closing(self._run_and_copy(*self._groups(voices), dtype)) as blocks:
+                for block in blocks:
+                    take(cutter.cut(block))
 
     def _run_and_copy(
         self, slices: Slices, groups: Sequence[Sequence[Piece]], dtype: np.dtype[Any]
-    ) -> list[np.ndarray]:
-        """Each slice's samples in a block of page-locked memory; while one is copied, the next is computed."""
+    ) -> Generator[np.ndarray, None, None]:
+        """Each slice's samples in a block of page-locked memory, while the next ones are computed."""
         import cupy
 
-        from ._driver import copy
+        from ._driver import copy, synchronize
 
         stream, copies = self._stream.ptr, self._copies.ptr
         most = max(sum(piece.hops for piece in group) for group in groups)
-        buffers = [cupy.empty(most * self.config.hop_length, dtype) for _ in groups[:2]]
+        buffers = [cupy.empty(most * self.config.hop_length, dtype) for _ in groups[:UNDER_WAY]]
         computed, copied = program.Event(), [program.Event() for _ in buffers]
         self._entered.record(cupy.cuda.get_current_stream().ptr)  # the buffers are made in its order
         self._entered.hold(stream)
-        blocks = []
-        for i, group in enumerate(groups):
-            turn = i % len(buffers)
-            copied[turn].hold(stream)
-            address, hop_bytes = int(buffers[turn].data.ptr), self.config.hop_length * dtype.itemsize
-            begin = address - group[0].output * hop_bytes  # pieces count their hops from the first of all slices
-            slices.run(group, stream, **{"pcm" if dtype == np.int16 else "samples": begin})
-            computed.record(stream)
-            computed.hold(copies)
-            nbytes = sum(piece.hops for piece in group) * hop_bytes
-            block = np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), dtype, nbytes // dtype.itemsize)
-            copy(block.ctypes.data, address, nbytes, copies)
-            copied[turn].record(copies)
-            blocks.append(block)
-        for event in copied:
-            event.synchronize()
-        return blocks
+        blocks: deque[np.ndarray] = deque()
+        try:
+            for i, group in enumerate(groups):
+                turn = i % len(buffers)
+                if len(blocks) == len(buffers):
+                    copied[turn].synchronize()
+                    yield blocks.popleft()
+                address, hop_bytes = int(buffers[turn].data.ptr), self.config.hop_length * dtype.itemsize
+                begin = address - group[0].output * hop_bytes  # pieces count their hops from the first of all slices
+                slices.run(group, stream, **{"pcm" if dtype == np.int16 else "samples": begin})
+                computed.record(stream)
+                computed.hold(copies)
+                nbytes = sum(piece.hops for piece in group) * hop_bytes
+                block = np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), dtype, nbytes // dtype.itemsize)
+                copy(block.ctypes.data, address, nbytes, copies)
+                copied[turn].record(copies)
+                blocks.append(block)
+            for i in range(len(groups) - len(blocks), len(groups)):
+                copied[i % len(buffers)].synchronize()
+                yield blocks.popleft()
+        finally:  # where it is left early: before the memory is given back, nobody writes to it any more
+            if blocks:
+                synchronize(copies)
 
     def _groups(self, voices: Sequence[Voice]) -> tuple[Slices, list[list[Piece]]]:
         """The voices in slices, one after the other in the output, and what runs them."""
@@ -291,22 +304,23 @@ def _place(weights: HostWeights) -> dict[str, Array]:
     return placed
 
 
-def _cut(blocks: Sequence[np.ndarray], ends: np.ndarray) -> list[np.ndarray]:
-    """Consecutive blocks cut anew where the utterances end; only those that lie in several blocks are copied."""
-    result: list[np.ndarray] = []
-    parts: list[np.ndarray] = []
-    waiting = iter(blocks)
-    rest = next(waiting)
-    start = 0
-    for end in ends.tolist():
-        missing = end - start
-        parts = []
-        while missing:
-            if not len(rest):
-                rest = next(waiting)
-            part, rest = rest[:missing], rest[missing:]
-            missing -= len(part)
-            parts.append(part)
-        result.append(parts[0] if len(parts) == 1 else np.concatenate(parts))
-        start = end
-    return result
+class Cutter:
+    """Cuts consecutive blocks anew, into arrays of these lengths; only those that lie in several blocks are copied."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self._lengths = deque(lengths)
+        self._parts: list[np.ndarray] = []  # of the next array, which lacks `_missing`
+        self._missing = self._lengths.popleft()
+
+    def cut(self, block: np.ndarray) -> list[np.ndarray]:
+        """The arrays that end in the next block."""
+        ended = []
+        while len(block):
+            part, block = block[: self._missing], block[self._missing :]
+            self._parts.append(part)
+            self._missing -= len(part)
+            if not self._missing:
+                ended.append(part if len(self._parts) == 1 else np.concatenate(self._parts))
+                self._parts = []
+                self._missing = self._lengths.popleft() if self._lengths else 0
+        return ended
