@@ -1,4 +1,4 @@
-"""Sentences to texts: each text's samples in memory of its own, joined while later sentences are still being made."""
+"""Sentences to texts: each text's samples in memory of its own, copied while later sentences are still being made."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from types import TracebackType
 import numpy as np
 
 MOST_THREADS = 8  # new memory comes slowly: a page at a time, to each thread
-FROM_SENTENCES = 8  # fewer are joined by the thread that made them
+FROM_SENTENCES = 8  # fewer are copied by the thread that made them
+PORTION_BYTES = 8 << 20  # that a thread copies at a time, about
 
 
 class Joiner:
@@ -22,10 +23,14 @@ class Joiner:
 
     def __init__(self, sentences: Sequence[int]) -> None:
         self._sentences = list(sentences)
-        self._held: list[np.ndarray] = []  # of texts that are not complete
-        self._texts = 0  # that are
-        self._joined: list[Future[list[np.ndarray]] | list[np.ndarray]] = []
-        self._pool = ThreadPoolExecutor(_threads()) if sum(sentences) >= FROM_SENTENCES else None
+        self._held: list[np.ndarray] = []  # of the text that is not complete
+        self._texts: list[np.ndarray] = []  # complete, some still to be filled
+        self._copies: list[tuple[np.ndarray, np.ndarray]] = []  # target and source, of the next portion
+        self._waiting_bytes = 0
+        self._portions: list[Future[None]] = []
+        self._pool: ThreadPoolExecutor | None = None
+        if sum(sentences) >= FROM_SENTENCES:
+            self._pool = ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0))))
 
     def __enter__(self) -> Joiner:
         return self
@@ -38,27 +43,39 @@ class Joiner:
 
     def take(self, samples: Sequence[np.ndarray]) -> None:
         """The next sentences; returns at once where there are many in all."""
-        self._held += samples
-        complete: list[list[np.ndarray]] = []
-        at = 0
-        while self._texts < len(self._sentences) and at + self._sentences[self._texts] <= len(self._held):
-            complete.append(self._held[at : at + self._sentences[self._texts]])
-            at += self._sentences[self._texts]
-            self._texts += 1
-        del self._held[:at]
-        if complete:
-            self._joined.append(_join(complete) if self._pool is None else self._pool.submit(_join, complete))
+        for sentence in samples:
+            self._held.append(sentence)
+            if len(self._held) == self._sentences[len(self._texts)]:
+                self._complete(self._held)
+                self._held = []
 
     def results(self) -> list[np.ndarray]:
         """Every text's samples, float32 (n,), in order; all sentences have been taken."""
-        assert self._texts == len(self._sentences)
-        parts = (part.result() if isinstance(part, Future) else part for part in self._joined)
-        return [text for part in parts for text in part]
+        assert len(self._texts) == len(self._sentences)
+        self._copy()
+        for portion in self._portions:
+            portion.result()
+        return self._texts
+
+    def _complete(self, sentences: Sequence[np.ndarray]) -> None:
+        text = np.empty(sum(map(len, sentences)), np.float32)
+        self._texts.append(text)
+        start = 0
+        for sentence in sentences:
+            self._copies.append((text[start : start + len(sentence)], sentence))
+            start += len(sentence)
+            self._waiting_bytes += sentence.nbytes
+            if self._waiting_bytes >= PORTION_BYTES:
+                self._copy()
+
+    def _copy(self) -> None:
+        copies, self._copies, self._waiting_bytes = self._copies, [], 0
+        if self._pool is None:
+            _copy(copies)
+        elif copies:
+            self._portions.append(self._pool.submit(_copy, copies))
 
 
-def _threads() -> int:
-    return min(MOST_THREADS, len(os.sched_getaffinity(0)))
-
-
-def _join(texts: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    return [np.concatenate(sentences) for sentences in texts]
+def _copy(copies: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    for target, source in copies:
+        np.copyto(target, source)

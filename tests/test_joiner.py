@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,9 +24,16 @@ def cut(count: int, sizes: Iterator[int]) -> Iterator[tuple[int, int]]:
         start = end
 
 
-@given(counts=st.lists(st.integers(1, 5), max_size=12), seed=st.integers(0, 99))
-def test_texts_are_their_sentences(counts: list[int], seed: int) -> None:
+@given(
+    counts=st.lists(st.integers(1, 5), max_size=12), seed=st.integers(0, 99), portion=st.sampled_from([1, 300, 1 << 20])
+)
+def test_texts_are_their_sentences(counts: list[int], seed: int, portion: int) -> None:
     """With threads and without, taken in portions of any size, some of them empty; sentences may be empty, too."""
+    with mock.patch.object(joiner, "PORTION_BYTES", portion):
+        check_texts(counts, seed)
+
+
+def check_texts(counts: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
     shared = rng.standard_normal(40 * sum(counts) + 1).astype(np.float32)
     places = np.sort(rng.integers(0, len(shared), sum(counts) + 1))
@@ -46,7 +54,7 @@ def test_threads_do_not_outlive_an_error() -> None:
 
     def fail() -> None:
         with Joiner([1] * joiner.FROM_SENTENCES) as joined:
-            joined.take([np.zeros(5, np.float32)])
+            joined.take([np.zeros(joiner.PORTION_BYTES, np.float32)])
             assert threading.active_count() > before
             raise KeyError
 
