@@ -103,6 +103,7 @@ def throughput(
     settle()
     with Load(lambda: crowd.submit(next(wanted), wish), 2 * batch + 8) as load:  # so that slots never wait for one
         time.sleep(max(seconds / 2, 0.3))
+        load.settle(2 * batch)  # those who began together have drifted apart
         with subject.waits(waits or Waits()):
             marks = load.marks(seconds, REPEATS)
     drain(crowd)

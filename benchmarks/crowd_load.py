@@ -19,6 +19,7 @@ from soprano_cupy.sampling import SamplingParams
 
 TOKENS, SMOKE_TOKENS = (40, 200), (6, 20)  # of a sentence
 REPEATS = 3  # measurements in a row
+SETTLE_S = 10.0
 
 
 class Texts:
@@ -79,6 +80,13 @@ class Load:
             self._check()
             found.append(self._mark())
         return found
+
+    def settle(self, requests: int) -> None:
+        """Wait until so many requests are done, `SETTLE_S` seconds at most."""
+        end = time.perf_counter() + SETTLE_S
+        while self._mark().requests < requests and time.perf_counter() < end:
+            time.sleep(0.01)
+            self._check()
 
     def _mark(self) -> Mark:
         with self._lock:
