@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 import numpy as np
+
+from .cores import available_cores
 
 MOST_THREADS = 8  # new memory comes slowly: a page at a time, to each thread
 FROM_SENTENCES = 8  # fewer are copied by the thread that made them
@@ -30,7 +31,7 @@ class Joiner:
         self._portions: list[Future[None]] = []
         self._pool: ThreadPoolExecutor | None = None
         if sum(sentences) >= FROM_SENTENCES:
-            self._pool = ThreadPoolExecutor(min(MOST_THREADS, len(os.sched_getaffinity(0))))
+            self._pool = ThreadPoolExecutor(min(MOST_THREADS, available_cores()))
 
     def __enter__(self) -> Joiner:
         return self

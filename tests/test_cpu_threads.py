@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from soprano_cupy import cores
 from soprano_cupy.cpu import _engine, threads
 from soprano_cupy.errors import ParameterError
 
@@ -45,7 +46,7 @@ def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ParameterError, match="SOPRANO_THREADS"):
         threads.wanted_threads()
     monkeypatch.delenv("SOPRANO_THREADS")
-    assert threads.wanted_threads() == threads.available_threads() >= 1
+    assert threads.wanted_threads() == cores.available_cores() >= 1
 
 
 @pytest.mark.parametrize(
@@ -65,16 +66,16 @@ def test_a_control_group_holds_threads_down(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert threads.cpu_quota(tmp_path) == quota
-    monkeypatch.setattr(threads, "CGROUP", tmp_path)
+    assert cores.cpu_quota(tmp_path) == quota
+    monkeypatch.setattr(cores, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
-    assert threads.available_threads() == (64 if quota is None else round(quota))
+    assert cores.available_cores() == (64 if quota is None else round(quota))
 
 
 def test_affinity_counts_rather_than_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(threads, "CGROUP", tmp_path)
+    monkeypatch.setattr(cores, "CGROUP", tmp_path)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 9})
-    assert threads.available_threads() == 3
+    assert cores.available_cores() == 3
 
 
 def test_the_team_is_held_to_its_limits() -> None:

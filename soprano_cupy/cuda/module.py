@@ -7,13 +7,13 @@ per process and device.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from ..cores import available_cores
 from ..errors import DeviceError
 from .cache import entry_key, read_entry, read_prebuilt, write_entry
 from .compiler import architecture_for, compile_options, find_nvrtc
@@ -26,7 +26,7 @@ _MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 # NVRTC calls at once. With one for each core the kernel that takes longest took longer still: the first audio of a
 # process without a cache came after 3.1 to 3.3 s with 12 calls on 16 cores, 3.2 to 4.5 with more, 3.5 to 4.1 with four.
-_compilers = threading.BoundedSemaphore(max(2, len(os.sched_getaffinity(0)) * 3 // 4))
+_compilers = threading.BoundedSemaphore(max(2, available_cores() * 3 // 4))
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..cores import available_cores
 from ..cuda.module import Kernel, build, device_facts, load
 from ..errors import DeviceError
 from .launch import Blocks, Dimension, Launch, Symbol
@@ -188,5 +188,5 @@ def _side_by_side(work: Callable[[Item], Result], items: Sequence[Item]) -> list
     """The results for all items, in their order, by as many threads as there are cores; NVRTC runs outside the GIL."""
     if len(items) < 2:
         return [work(item) for item in items]
-    with ThreadPoolExecutor(min(len(items), len(os.sched_getaffinity(0)), MOST_LOADERS)) as pool:
+    with ThreadPoolExecutor(min(len(items), available_cores(), MOST_LOADERS)) as pool:
         return list(pool.map(work, items))
