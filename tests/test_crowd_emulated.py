@@ -40,8 +40,7 @@ from soprano_cupy.gpu.crowd_device import GpuDevice, open_device
 from soprano_cupy.gpu.crowd_rows import buckets_up_to
 from soprano_cupy.gpu.crowd_sizes import CrowdSizes, crowd_bytes, crowd_specs
 from soprano_cupy.gpu.crowd_upload import plan_enter
-from soprano_cupy.gpu.forward import RowRange
-from soprano_cupy.gpu.launch import Launch
+from soprano_cupy.gpu.launch import Launch, RowRange
 from soprano_cupy.gpu.qwen3 import GpuLanguageModel
 from soprano_cupy.gpu.vocos import GpuDecoder
 from soprano_cupy.portable.vocos import PortableDecoder

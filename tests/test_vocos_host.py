@@ -21,8 +21,9 @@ from soprano_cupy.checkpoint import decoder_config, open_decoder
 from soprano_cupy.config import DecoderConfig
 from soprano_cupy.errors import DeviceError, ParameterError
 from soprano_cupy.gpu import program, vocos, vocos_slices
+from soprano_cupy.gpu.launch import row_class
 from soprano_cupy.gpu.vocos import GpuDecoder
-from soprano_cupy.gpu.vocos_slices import row_class
+from soprano_cupy.gpu.vocos_slices import ROW_CLASSES
 from soprano_cupy.portable.vocos import PortableDecoder
 from soprano_cupy.testing import TINY, make_checkpoint
 
@@ -227,7 +228,9 @@ def test_what_the_engine_cannot_run(folder: Path, standin: Any, monkeypatch: pyt
 
 def test_row_classes() -> None:
     for capacity in (1024, 8448):
-        ranges = sorted({row_class(rows, capacity) for rows in range(1, capacity + 1)}, key=lambda r: r.least)
+        ranges = sorted(
+            {row_class(rows, capacity, ROW_CLASSES) for rows in range(1, capacity + 1)}, key=lambda r: r.least
+        )
         assert ranges[0].least == 1
         assert ranges[-1].most == capacity
         assert all(a.most + 1 == b.least for a, b in itertools.pairwise(ranges))

@@ -13,7 +13,7 @@ from launches import at_sizes
 from soprano_cupy.checkpoint import TensorFile
 from soprano_cupy.config import DecoderConfig
 from soprano_cupy.gpu import vocos_plan
-from soprano_cupy.gpu.launch import Launch, Symbol
+from soprano_cupy.gpu.launch import Launch, RowRange, Symbol
 from soprano_cupy.gpu.linear import End, LinearRequest
 from soprano_cupy.gpu.vocos_tables import (
     TABLES,
@@ -64,7 +64,7 @@ class Machine:
             {name: array.ctypes.data for name, array in self.weights.items()},
             lambda request: request,
         )
-        whole = vocos_plan.RowRange(1, rows)
+        whole = RowRange(1, rows)
         self._whole: list[Step] = list(plan.whole(at, whole, self.capacity.tokens))
         self._streams: list[Step] = list(plan.streams(at, whole, self.capacity.tokens, slots))
         self.transform = plan.transform

@@ -18,10 +18,10 @@ from ..cuda.module import DeviceFacts
 from .batch_launches import BatchLaunches
 from .batch_sizes import one_voice
 from .forward import Forward
-from .launch import ANY_ADDRESS, Launch
+from .launch import ANY_ADDRESS, Launch, row_class
 from .program import load_kernels
 from .vocos_plan import Facts, variants
-from .vocos_slices import row_class
+from .vocos_slices import ROW_CLASSES
 from .vocos_stream import StreamSizes
 from .weights import Layer
 
@@ -53,9 +53,9 @@ def language_model_kernels(config: ModelConfig, dtype: str, facts: DeviceFacts) 
 
 def decoder_kernels(config: DecoderConfig, facts: DeviceFacts, most_rows: int) -> list[Launch]:
     """What a stream needs of the decoder, then what sentences do; most_rows: frames of a slice of whole voices."""
-    whole = [row_class(rows, most_rows) for rows in SENTENCE_ROWS]
+    whole = [row_class(rows, most_rows, ROW_CLASSES) for rows in SENTENCE_ROWS]
     known = Facts(facts.capability, facts.multiprocessors)
-    return list(variants(replace(config, num_blocks=1), known, StreamSizes.of(config).classes(), whole))
+    return list(variants(replace(config, num_blocks=1), known, StreamSizes.of(config).row_classes(), whole))
 
 
 def begin(plan: Callable[[], Sequence[Launch]], device: int) -> None:

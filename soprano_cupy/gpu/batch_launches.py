@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from .arena import Buffers
 from .batch_sizes import BatchSizes, prompt_capacity
-from .forward import Activations, Cache, Forward, PromptSizes, PromptTables, RowRange, SamplePlaces
-from .launch import Launch
+from .forward import Activations, Cache, Forward, PromptSizes, PromptTables, SamplePlaces
+from .launch import Launch, RowRange, row_class
 
 PROMPT_CLASSES = (16, 64, 256, 1024)  # most rows of a prefill program; beyond, what the arena holds
 
@@ -23,10 +23,7 @@ class BatchLaunches:
 
     def prompt_class(self, rows: int) -> RowRange:
         """The numbers of rows that one prefill program serves, among which `rows` is."""
-        limit = prompt_capacity(self._sizes)
-        ends = [end for end in PROMPT_CLASSES if end < limit] + [limit]
-        index = next(i for i, end in enumerate(ends) if end >= rows)
-        return RowRange(ends[index - 1] + 1 if index else 1, ends[index])
+        return row_class(rows, prompt_capacity(self._sizes), PROMPT_CLASSES)
 
     def prompt(self, rows: RowRange, sequences: int, first: int) -> list[Launch]:
         """All layers for so many rows of prompts, then the last row of each sequence to the decode step's buffers."""

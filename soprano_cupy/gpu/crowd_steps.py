@@ -21,7 +21,7 @@ from ..errors import DeviceError
 from . import program
 from .arena import Arena
 from .crowd_rows import Rows, buckets_up_to
-from .crowd_sizes import GRAPH_ROWS, CrowdSizes, crowd_specs, packed_specs, staged_specs, step_rows_of
+from .crowd_sizes import GRAPH_ROWS, PROMPT_CLASSES, CrowdSizes, crowd_specs, packed_specs, staged_specs, step_rows_of
 from .crowd_upload import Staging, plan_enter, write_entries
 from .forward import (
     Activations,
@@ -30,10 +30,9 @@ from .forward import (
     Forward,
     PromptSizes,
     PromptTables,
-    RowRange,
     SamplePlaces,
 )
-from .launch import Launch, Symbol
+from .launch import Launch, RowRange, Symbol, row_class
 
 logger = logging.getLogger(__name__)
 
@@ -196,9 +195,8 @@ class CrowdSteps:
 
     def _entry_class(self, rows: int, bucket: int) -> tuple[tuple[Any, ...], RowRange]:
         """The program for up to `bucket` prompts of `rows` tokens together, and the rows that it serves."""
-        ends = self.sizes.prompt_classes[-1:] if self._kernels_of else self.sizes.prompt_classes
-        index = next(i for i, end in enumerate(ends) if end >= rows)
-        return ("entry", index, bucket), RowRange(ends[index - 1] + 1 if index else 1, ends[index])
+        span = row_class(rows, self.sizes.prompt_rows, () if self._kernels_of else PROMPT_CLASSES)
+        return ("entry", span.most, bucket), span
 
     def _entry_program(self, rows: int, bucket: int) -> Any:
         """From prompts to their first tokens."""

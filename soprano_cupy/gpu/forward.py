@@ -21,7 +21,7 @@ from ..cuda.module import DeviceFacts
 from ..errors import DeviceError
 from . import step
 from .arena import Buffers
-from .launch import Blocks, Field, Launch, Symbol
+from .launch import Blocks, Field, Launch, RowRange, Symbol
 from .linear import TILE_FEATURES, End, LinearRequest, padded, plan_linear
 from .weights import Layer, Weights
 
@@ -105,19 +105,6 @@ class EntryPlaces:
     step: Activations
     target_rows: int  # (rows,) int32: of the step, for each that enters
     slot_of_row: int  # of the step
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """The numbers of rows that one program serves."""
-
-    least: int
-    most: int
-    given_as: Symbol = Symbol.ROWS  # at each run, where there are several
-
-    @property
-    def symbol(self) -> int | Symbol:
-        return self.most if self.least == self.most else self.given_as
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ parameter fields are patched with it, so that one program, packed once, serves e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
@@ -20,6 +21,29 @@ class Symbol(IntEnum):
     SEQUENCES = 1  # sequences these rows belong to
     LONGEST = 2  # rows of the longest of them
     SPARE = 3
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """The numbers of rows that one program serves."""
+
+    least: int
+    most: int
+    given_as: Symbol = Symbol.ROWS  # at each run, where there are several
+
+    @property
+    def symbol(self) -> int | Symbol:
+        return self.most if self.least == self.most else self.given_as
+
+
+def row_class(rows: int, capacity: int, classes: Sequence[int]) -> RowRange:
+    """The range of rows that one program serves, among which `rows` is.
+
+    classes: the most rows of each program but the last, which serves up to `capacity`; ascending.
+    """
+    ends = (*(end for end in classes if end < capacity), capacity)
+    most = next(end for end in ends if end >= rows)
+    return RowRange(max((end + 1 for end in ends if end < most), default=1), most)
 
 
 class Blocks(NamedTuple):

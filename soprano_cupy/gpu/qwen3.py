@@ -24,7 +24,8 @@ from . import ahead
 from .arena import Arena
 from .batch import Batch
 from .batch_sizes import BUCKETS, CAPACITY_STEP, BatchSizes, bucket_of, one_voice, sizes_for
-from .forward import Activations, Cache, Forward, PromptSizes, PromptTables, RowRange, activation_specs
+from .forward import Activations, Cache, Forward, PromptSizes, PromptTables, activation_specs
+from .launch import RowRange
 from .linear import padded
 from .persistent import PersistentDecoder
 from .persistent_path import PersistentPath

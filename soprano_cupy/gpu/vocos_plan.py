@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import DecoderConfig
-from .launch import ANY_ADDRESS, Blocks, Field, Launch, Symbol
+from .launch import ANY_ADDRESS, Blocks, Field, Launch, RowRange, Symbol
 from .linear import End, LinearRequest, padded
 from .vocos_tables import PARTS, ROW_BYTES, SEGMENT, SPAN_BYTES, TOKEN_BYTES, margins
 
@@ -123,14 +123,6 @@ class Facts:
 
     capability: tuple[int, int]
     multiprocessors: int
-
-
-@dataclass(frozen=True)
-class RowRange:
-    """The numbers of frames that one program serves."""
-
-    least: int
-    most: int
 
 
 @dataclass(frozen=True)

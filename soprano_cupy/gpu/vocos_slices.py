@@ -9,7 +9,8 @@ from ..config import DecoderConfig
 from ..errors import DeviceError
 from . import program, vocos_plan
 from .arena import Arena
-from .vocos_plan import Capacity, Plan, RowRange
+from .launch import RowRange, row_class
+from .vocos_plan import Capacity, Plan
 from .vocos_tables import Piece
 from .vocos_upload import HostTables
 
@@ -19,13 +20,6 @@ logger = logging.getLogger(__name__)
 ROW_CLASSES = (16, 64, 256, 1024, 3072)
 LEAST_ROWS = 1024
 TABLES_UNDER_WAY = 2  # slices whose tables the host has written ahead
-
-
-def row_class(rows: int, capacity: int, classes: Sequence[int] = ROW_CLASSES) -> RowRange:
-    """The range of rows that one program serves, among which `rows` is."""
-    ends = (*(end for end in classes if end < capacity), capacity)
-    most = next(end for end in ends if end >= rows)
-    return RowRange(max((end + 1 for end in ends if end < most), default=1), most)
 
 
 class Slices:

@@ -21,7 +21,8 @@ from ..errors import ParameterError
 from ..runner import DecoderStream
 from . import program, vocos_plan
 from .arena import Arena
-from .vocos_plan import Capacity, Plan, RowRange
+from .launch import RowRange, row_class
+from .vocos_plan import Capacity, Plan
 from .vocos_tables import FIRST_HOP, Piece, Progress, margins, stream_piece
 from .vocos_upload import HostTables
 
@@ -45,7 +46,6 @@ class StreamSizes:
     """What a table is planned for, by the reach of a decoder's windows."""
 
     lag: int  # frames that a sample's windows reach beyond it
-    waiting_tokens: int  # of a voice without a sample of theirs, at most
     chunk_tokens: int  # of one voice in one run
     rows: int  # frames of a run
     ring: int  # states that are kept of a voice
@@ -54,17 +54,20 @@ class StreamSizes:
     def of(cls, config: DecoderConfig) -> StreamSizes:
         """The sizes for a decoder."""
         lag = margins(config).total
-        waiting = -(-(lag + FIRST_HOP) // FRAMES_PER_TOKEN) + 1
+        waiting = -(-(lag + FIRST_HOP) // FRAMES_PER_TOKEN) + 1  # tokens of a voice without a sample of theirs, at most
         spare = FRAMES_PER_TOKEN * waiting + lag + 1
         chunk = max(LEAST_CHUNK, (MOST_ROWS - spare) // FRAMES_PER_TOKEN)
         history = -(-2 * (config.embed_kernel // 2) // FRAMES_PER_TOKEN) + 2  # states that a push needs of those before
         ring = 1 << (chunk + waiting + history - 1).bit_length()
-        return cls(lag, waiting, chunk, max(MOST_ROWS, FRAMES_PER_TOKEN * chunk + spare), ring)
+        return cls(lag, chunk, max(MOST_ROWS, FRAMES_PER_TOKEN * chunk + spare), ring)
 
-    def classes(self) -> list[RowRange]:
-        """The numbers of frames of each program: a voice begins with many frames, and goes on with a token's."""
-        ends = (*STREAM_CLASSES, self.rows)
-        return [RowRange(before + 1, end) for before, end in zip((0, *ends), ends, strict=False)]
+    def row_class(self, rows: int) -> RowRange:
+        """The numbers of frames that one program serves, among which `rows` is."""
+        return row_class(rows, self.rows, STREAM_CLASSES)
+
+    def row_classes(self) -> list[RowRange]:
+        """Of all programs: a voice begins with many frames, and goes on with a token's."""
+        return [self.row_class(end) for end in (*STREAM_CLASSES, self.rows)]
 
 
 class StreamTable:
@@ -99,7 +102,7 @@ class StreamTable:
         self._capture_stream = cupy.cuda.Stream(non_blocking=True)
         self._entered, self._left = program.Event(), program.Event()
         cupy.cuda.runtime.deviceSynchronize()  # the arena is zeroed: our own stream would not wait for that
-        for span in self._sizes.classes():
+        for span in self._sizes.row_classes():
             self._program(span.most)
         logger.info("decoder: %d streams, %.0f MB", slots, self.nbytes / 1e6)
 
@@ -177,7 +180,7 @@ class StreamTable:
         graph.launch(self._stream.ptr)
 
     def _program(self, rows: int) -> program.Program:
-        span = next(span for span in self._sizes.classes() if span.most >= rows)
+        span = self._sizes.row_class(rows)
         if span.most not in self._programs:
             launches = list(self._plan.streams(self._places, span, span.most, self._slots))
             self._programs[span.most] = program.load_program(launches, self._device)
