@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from .config import SAMPLE_RATE_HZ
 from .generation import Generation, Request, Step, begin, generate
-from .runner import DecoderRunner, DecoderStream, LanguageModelRunner
+from .runner import DecoderRunner, DecoderStream, LanguageModelRunner, Take
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,7 @@ class Engine:
         self.language_model = language_model
         self.decoder = decoder
 
-    def speak(
-        self, requests: Sequence[Request], retries: int, timings: Timings, take: Callable[[list[np.ndarray]], None]
-    ) -> None:
+    def speak(self, requests: Sequence[Request], retries: int, timings: Timings, take: Take) -> None:
         """Each request's whole audio, float32 (samples,), to `take`, in the requests' order, some at a time."""
         size = self.language_model.batch
         for start in range(0, len(requests), size):
@@ -105,30 +103,21 @@ class Engine:
         if len(piece):
             yield piece
 
-    def _decode(
-        self, results: Sequence[Generation], timings: Timings, take: Callable[[list[np.ndarray]], None]
-    ) -> None:
+    def _decode(self, results: Sequence[Generation], timings: Timings, take: Take) -> None:
         since = time.perf_counter()
         for result in results:
             _warn(result.finish_reason, result.stuck)
-        audible = [len(result.states) >= 2 for result in results]
-        at = 0  # the next result
+        rest = iter(results)  # whose samples have not been taken
 
-        def take_audible(samples: list[np.ndarray]) -> None:
-            nonlocal at
-            ready = []
+        def take_heard(samples: list[np.ndarray]) -> None:
             for one in samples:
-                while not audible[at]:
-                    ready.append(np.empty(0, np.float32))
-                    at += 1
-                ready.append(one)
-                at += 1
-            timings.samples += sum(map(len, samples))
-            take(ready)
+                while not _is_heard(next(rest)):
+                    take([np.empty(0, np.float32)])
+                timings.samples += len(one)
+                take([one])
 
-        states = [result.states for result in results if len(result.states) >= 2]
-        self.decoder.decode_in_turn(states, take_audible)
-        take([np.empty(0, np.float32) for _ in audible[at:]])
+        self.decoder.decode_in_turn([result.states for result in results if _is_heard(result)], take_heard)
+        take([np.empty(0, np.float32) for _ in rest])
         timings.decoder_s += time.perf_counter() - since
 
 
@@ -140,6 +129,11 @@ def _closed_at_once(rounds: Iterator[list[Step]]) -> Iterator[Iterator[list[Step
     finally:
         if isinstance(rounds, Generator):
             rounds.close()
+
+
+def _is_heard(result: Generation) -> bool:
+    """Whether it has samples: a token's lie between its state and the next."""
+    return len(result.states) >= 2
 
 
 def _warn(finish_reason: str, stuck: bool) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .generation import Generation, Request, Step
 
 Array = Any  # np.ndarray on the CPU, cupy.ndarray on a GPU
+Take = Callable[[list[np.ndarray]], None]  # is given samples on the host, float32 (n,) each, as they come
 
 
 class KVCache(ABC):
@@ -108,7 +109,7 @@ class DecoderRunner(ABC):
     def decode(self, states: Array) -> Array:
         """(B, T, input_size) -> (B, (T - 1) * token_samples) samples, T >= 2."""
 
-    def decode_in_turn(self, utterances: Sequence[Array], take: Callable[[list[np.ndarray]], None]) -> None:
+    def decode_in_turn(self, utterances: Sequence[Array], take: Take) -> None:
         """Utterances of any lengths, (T, input_size) each with T >= 2, to float32 samples on the host.
 
         `take` is given the next ones' as soon as they are there, a few at a time, while later ones are being decoded.

@@ -15,8 +15,9 @@ import pytest
 
 from soprano_cupy import CheckpointError, OutputError, ParameterError, SopranoTTS, TextError, joiner
 from soprano_cupy.engine import Engine, Timings
-from soprano_cupy.generation import LOOP_LENGTH, Step
+from soprano_cupy.generation import LOOP_LENGTH, Generation, Step
 from soprano_cupy.pipeline import max_text_length
+from soprano_cupy.runner import Take
 from soprano_cupy.testing import TINY, make_checkpoint
 
 CPU_AND_GPU = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -271,3 +272,23 @@ def test_an_engine_s_stream_that_is_closed_closes_its_rounds(monkeypatch: pytest
     assert len(next(stream)) == 2048
     stream.close()
     assert closed == ["rounds"]
+
+
+def test_sentences_without_sound_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One state and none make no samples, at the ends and between others; two at a time come from the decoder."""
+    states = [0, 3, 1, 0, 4, 2, 5, 1]
+    results = [
+        Generation(np.zeros(n + 1, np.int32), np.full((n, 1), i, np.float32), "stop") for i, n in enumerate(states)
+    ]
+    monkeypatch.setattr("soprano_cupy.engine.generate", lambda model, requests, retries: results)
+
+    def decode_in_turn(heard: list[np.ndarray], take: Take) -> None:
+        audio = [np.repeat(one[0], len(one) - 1) for one in heard]
+        for start in range(0, len(audio), 2):
+            take(audio[start : start + 2])
+
+    engine = Engine(SimpleNamespace(batch=8), SimpleNamespace(decode_in_turn=decode_in_turn))  # type: ignore[arg-type]
+    taken: list[np.ndarray] = []
+    engine.speak([object()] * len(states), 0, timings := Timings(), taken.extend)  # type: ignore[list-item]
+    assert [one.tolist() for one in taken] == [[], [1, 1], [], [], [4, 4, 4], [5], [6, 6, 6, 6], []]
+    assert timings.samples == 10

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from ..config import DecoderConfig
 from ..cuda.module import device_facts
 from ..device import cuda_index, module_of
 from ..errors import DeviceError, ParameterError
-from ..runner import DecoderRunner, DecoderStream
+from ..runner import DecoderRunner, DecoderStream, Take
 from . import ahead, program
 from .linear import plan_linear
 from .packing import pack_linear
@@ -37,8 +37,6 @@ SLICE_ROWS_EACH = 64
 ALIGNMENT = 16  # bytes; of states, for the kernels
 STREAM_SLOTS = 8  # voices of one table
 UNDER_WAY = 3  # slices that are computed or copied
-
-Take = Callable[[list[np.ndarray]], None]
 
 
 class Voice(NamedTuple):
@@ -167,13 +165,17 @@ class GpuDecoder(DecoderRunner):
         computed, copied = program.Event(), [program.Event() for _ in buffers]
         self._entered.record(cupy.cuda.get_current_stream().ptr)  # the buffers are made in its order
         self._entered.hold(stream)
-        blocks: deque[np.ndarray] = deque()
+        waiting: deque[tuple[program.Event, np.ndarray]] = deque()
+
+        def first() -> np.ndarray:
+            waiting[0][0].synchronize()
+            return waiting.popleft()[1]
+
         try:
             for i, group in enumerate(groups):
                 turn = i % len(buffers)
-                if len(blocks) == len(buffers):
-                    copied[turn].synchronize()
-                    yield blocks.popleft()
+                if len(waiting) == len(buffers):
+                    yield first()
                 address, hop_bytes = int(buffers[turn].data.ptr), self.config.hop_length * dtype.itemsize
                 begin = address - group[0].output * hop_bytes  # pieces count their hops from the first of all slices
                 slices.run(group, stream, **{"pcm" if dtype == np.int16 else "samples": begin})
@@ -183,12 +185,11 @@ class GpuDecoder(DecoderRunner):
                 block = np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), dtype, nbytes // dtype.itemsize)
                 copy(block.ctypes.data, address, nbytes, copies)
                 copied[turn].record(copies)
-                blocks.append(block)
-            for i in range(len(groups) - len(blocks), len(groups)):
-                copied[i % len(buffers)].synchronize()
-                yield blocks.popleft()
+                waiting.append((copied[turn], block))
+            while waiting:
+                yield first()
         finally:  # where it is left early: before the memory is given back, nobody writes to it any more
-            if blocks:
+            if waiting:
                 synchronize(copies)
 
     def _groups(self, voices: Sequence[Voice]) -> tuple[Slices, list[list[Piece]]]:
