@@ -67,7 +67,6 @@ cdef extern from "cuda_driver.h" nogil:
             GraphHandle graph, GraphNode *sources, GraphNode *targets, EdgeData *data, size_t *count
         ) noexcept nogil
         Status (*parameter_info)(Function function, size_t index, size_t *offset, size_t *size) noexcept nogil
-        Status (*function_load)(Function function) noexcept nogil
 
     int driver_open(const char *path, Driver *driver, char *problem, size_t room)
     Status driver_enter(const Driver *driver, Context context, int *pushed)

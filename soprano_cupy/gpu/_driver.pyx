@@ -193,16 +193,6 @@ def set_shared_bytes(size_t function, int nbytes):
     check(driver, status, f"asking for {nbytes} bytes of shared memory a block")
 
 
-def load_function(size_t function):
-    """Bring a kernel's code to the GPU now; nothing where the driver (before CUDA 12.4) does that by itself only."""
-    cdef const Driver *driver = driver_table()
-    cdef Status status = SUCCESS
-    if driver.function_load != NULL:
-        with nogil:
-            status = driver.function_load(<Function>function)
-    check(driver, status, "loading a kernel")
-
-
 def allow_large_clusters(size_t function):
     """Allow a kernel clusters of more than the portable 8 blocks."""
     cdef const Driver *driver = driver_table()

@@ -245,7 +245,6 @@ class PersistentDecoder:
         kernel = load(SOURCE, KERNEL, kernel_defines(shape, self._dtype), self._facts.index)
         shared = shared_bytes(shape)
         with on_device(self._facts.index):
-            _driver.load_function(kernel.pointer)
             kernel.allow_shared_bytes(shared)
             if shape.ranks > 8:
                 _driver.allow_large_clusters(kernel.pointer)

@@ -78,19 +78,13 @@ def compile_program(launches: Iterable[Launch], capability: tuple[int, int]) -> 
 def load_kernels(launches: Iterable[Launch], device: int) -> dict[tuple[str, Module], Kernel]:
     """The kernels of all launches on a CUDA device, by `_function`; those that are not there are built side by side.
 
-    They are whole on the device then. The driver would bring each there at its first launch, and wait for whatever
-    the GPU does at that time. Raises `DeviceError` when NVRTC or the driver refuses one.
+    Raises `DeviceError` when NVRTC or the driver refuses one.
     """
-    from . import _driver
-
     wanted = list(dict.fromkeys(map(_function, launches)))
 
     def load_one(function: tuple[str, Module]) -> Kernel:
         name, (source, defines, specific) = function
-        kernel = load(source, name, defines, device, specific=specific)
-        with on_device(device):
-            _driver.load_function(kernel.pointer)
-        return kernel
+        return load(source, name, defines, device, specific=specific)
 
     return dict(zip(wanted, _side_by_side(load_one, wanted), strict=True))
 

@@ -112,8 +112,7 @@ static_assert(sizeof(EdgeData) == 8, "layout of CUgraphEdgeData");
     X(launch_ex, "cuLaunchKernelEx", (const LaunchConfig*, Function, void**, void**))         \
     X(active_clusters, "cuOccupancyMaxActiveClusters", (int*, Function, const LaunchConfig*)) \
     X(graph_edges, "cuGraphGetEdges_v2", (Graph, GraphNode*, GraphNode*, EdgeData*, size_t*)) \
-    X(parameter_info, "cuFuncGetParamInfo", (Function, size_t, size_t*, size_t*))             \
-    X(function_load, "cuFuncLoad", (Function))
+    X(parameter_info, "cuFuncGetParamInfo", (Function, size_t, size_t*, size_t*))
 
 typedef struct Driver {
 #define MEMBER(member, name, arguments) Status(*member) arguments;
